@@ -36,7 +36,6 @@ import io
 import json
 import math
 import os
-import random
 import re
 import sys
 import time
@@ -260,9 +259,9 @@ class AtariEnvs:
         observations, rewards, terminated, truncated, info = self.pool.recv()
         env_ids = info["env_id"]
         is_reset = self.done[env_ids]
-        game_over = info["terminated"].astype(bool)
-        terminations = (terminated | game_over) & ~is_reset
-        dones = (terminations | truncated) & ~is_reset
+        game_over = info["terminated"].astype(bool)  # unlike `terminated`, also where it coincides with the time limit
+        terminations = terminated | game_over
+        dones = terminations | truncated
         self.done[env_ids] = dones
         self.episode_return[env_ids] += info["reward"]
         self.episode_length[env_ids] += ~is_reset
@@ -373,6 +372,12 @@ def q_lambda_returns(rewards, terminations, dones, next_values, gamma, q_lambda)
             bootstrap = torch.where(dones[t].bool(), bootstrap, trace)
         returns[t] = rewards[t] + gamma * torch.where(terminations[t].bool(), torch.zeros_like(bootstrap), bootstrap)
     return returns
+
+
+@torch.no_grad()
+def greedy_actions(q_network, observations):
+    """Greedy actions (M,) on observations (M, 4, 84, 84)."""
+    return torch.cat([q_network(chunk).argmax(1) for chunk in observations.split(256)])
 
 
 def linear_schedule(start, end, duration, t):
@@ -499,6 +504,23 @@ def record_video(q_network, env_id, episodes, epsilon, seed, device, folder, max
     return returns
 
 
+def evaluate_and_record(q_network, args, device, run_dir):
+    """The end of a run, and all of --eval-only: evaluation, video and eval.json. Returns what evaluate() does."""
+    settings = (args.eval_epsilon, args.seed, device)
+    limits = (args.max_episode_steps, args.sticky_action_probability)
+    statistics = {}
+    if args.eval_episodes:
+        print(f"evaluating {args.eval_episodes} games of {args.env_id} with epsilon {args.eval_epsilon}", flush=True)
+        statistics = evaluate(q_network, args.env_id, args.eval_episodes, *settings, args.env_threads, *limits)
+        write_json(run_dir / "eval.json", statistics)
+        rounded = {name: round(value, 3) for name, value in statistics.items() if isinstance(value, float)}
+        print(", ".join(f"{name} {value}" for name, value in rounded.items()) + f": {run_dir / 'eval.json'}", flush=True)
+    if args.capture_video:
+        scores = record_video(q_network, args.env_id, args.video_episodes, *settings, run_dir / "videos", *limits)
+        print(f"recorded {args.video_episodes} games with scores {scores}: {run_dir / 'videos'}")
+    return statistics
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -523,10 +545,20 @@ def parse_args():
         raise
 
 
-def rollout_multiple(num_envs, num_minibatches, length_min):
-    """Rollout lengths are multiples of this, so that all minibatches have one size: of the number of minibatches or, where the
-    range begins below that, of the least number that still divides the batch evenly."""
-    return num_minibatches if num_minibatches <= length_min else num_minibatches // math.gcd(num_minibatches, num_envs)
+def rollout_range(args):
+    """Shortest and longest rollout in steps per environment that these arguments allow, and the number of which all lengths
+    are multiples, so that every minibatch has the same size: the number of minibatches or, where the range is too narrow or
+    too short for that, the least number that divides the batch evenly."""
+    low, high = (args.rollout_length_min, args.rollout_length_max) if args.adapt_rollout else (args.num_steps, args.num_steps)
+    multiple = args.num_minibatches
+    if multiple > low or high // multiple * multiple < low:
+        multiple //= math.gcd(multiple, args.num_envs)
+    if high // multiple * multiple < low:
+        fail(
+            f"a rollout of {high} steps x {args.num_envs} environments does not divide into {args.num_minibatches} equal "
+            f"minibatches; use {math.ceil(low / multiple) * multiple} steps or fewer minibatches"
+        )
+    return low, high, multiple
 
 
 def check_args(args):
@@ -553,18 +585,10 @@ def check_args(args):
         fail(f"--divergence-min {args.divergence_min} must be less than --divergence-max {args.divergence_max}")
     if args.rollout_length_min > args.rollout_length_max:
         fail(f"--rollout-length-min {args.rollout_length_min} is above --rollout-length-max {args.rollout_length_max}")
-    shortest, longest = rollout_range(args)
-    multiple = rollout_multiple(args.num_envs, args.num_minibatches, shortest)
-    if longest // multiple * multiple < shortest:
-        fail(
-            f"a rollout of {longest} steps x {args.num_envs} environments is too short for, or not divisible by, "
-            f"{args.num_minibatches} minibatches; use a multiple of {multiple} steps"
-        )
-    if args.total_timesteps < args.num_envs * round_rollout_length(shortest, shortest, longest, multiple):
-        fail(
-            f"--total-timesteps {args.total_timesteps} is less than the first rollout; use at least "
-            f"{args.num_envs * round_rollout_length(shortest, shortest, longest, multiple)}"
-        )
+    length_min, length_max, multiple = rollout_range(args)
+    first_batch = args.num_envs * round_rollout_length(length_min, length_min, length_max, multiple)
+    if args.total_timesteps < first_batch:
+        fail(f"--total-timesteps {args.total_timesteps} is less than the first rollout; use {first_batch} or more")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda, but PyTorch finds no CUDA device here; use --device cpu or auto")
     if args.eval_only and not args.model:
@@ -575,19 +599,6 @@ def check_args(args):
         fail("--eval-only needs --eval-episodes of 1 or more")
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track needs Weights & Biases, which is not installed; run `pip install wandb` or leave --track out")
-
-
-def rollout_range(args):
-    """Shortest and longest rollout that a run with these arguments may collect, in steps per environment."""
-    return (args.rollout_length_min, args.rollout_length_max) if args.adapt_rollout else (args.num_steps, args.num_steps)
-
-
-def bfloat16_pays(device):
-    """Whether the hardware multiplies bfloat16 natively, where it is about twice as fast as float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -614,46 +625,23 @@ if __name__ == "__main__":
     args = parse_args()
     check_args(args)
 
-    random.seed(args.seed)
-    np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     if args.precision == "auto":
         args.precision = "bfloat16" if bfloat16_is_fast(device) else "float32"
-    args.microbatch_size = args.microbatch_size or (128 if device.type == "cpu" else sys.maxsize)
     args.env_threads = args.env_threads or granted_cores()
     torch.set_num_threads(args.torch_threads or granted_cores())
-
-    def evaluate_and_record(q_network, run_dir):
-        """The end of a run, and all of --eval-only. Returns the statistics that it writes to eval.json."""
-        settings = (args.eval_epsilon, args.seed, device)
-        limits = (args.max_episode_steps, args.sticky_action_probability)
-        statistics = {}
-        if args.eval_episodes:
-            print(f"evaluating {args.eval_episodes} games of {args.env_id} with epsilon {args.eval_epsilon}", flush=True)
-            statistics = evaluate(q_network, args.env_id, args.eval_episodes, *settings, args.env_threads, *limits)
-            write_json(run_dir / "eval.json", statistics)
-            normalized = statistics["human_normalized_score"]
-            print(
-                f"score {statistics['mean']:.1f} +- {statistics['std']:.1f} (median {statistics['median']:.1f}, "
-                f"min {statistics['min']:.0f}, max {statistics['max']:.0f}), mean length "
-                f"{statistics['mean_length']:.0f} steps, human-normalised {'unknown' if normalized is None else f'{normalized:.3f}'}: {run_dir / 'eval.json'}"
-            )
-        if args.capture_video:
-            scores = record_video(q_network, args.env_id, args.video_episodes, *settings, run_dir / "videos", *limits)
-            print(f"recorded {args.video_episodes} games with scores {scores}: {run_dir / 'videos'}")
-        return statistics
 
     if args.eval_only:
         q_network, model_env_id = load_model(args.model, device)
         if args.env_id not in (Args.env_id, model_env_id):
             fail(f"--model {args.model} was trained on {model_env_id}, not on {args.env_id}; leave --env-id out")
         args.env_id = model_env_id
-        evaluate_and_record(speed_up(q_network, args.precision, device), Path(args.model).parent)
+        evaluate_and_record(speed_up(q_network, args.precision, device), args, device, Path(args.model).parent)
         sys.exit()
 
-    # Environments: in each pool the games of one slice
+    # Environments
     envs = AtariEnvs(
         args.env_id,
         env_seeds(args.seed, args.num_envs),
@@ -667,13 +655,12 @@ if __name__ == "__main__":
     q_network = speed_up(QNetwork(envs.num_actions).to(device), args.precision, device)
     old_network = speed_up(QNetwork(envs.num_actions).to(device), args.precision, device)
     optimizer = torch.optim.RAdam(q_network.parameters(), lr=args.learning_rate)
-    # Two generators, so that measuring the divergence changes nothing about the course of a run.
+    # Exploration and minibatches draw from one generator and reference states from another, so measuring changes no run.
     rng = torch.Generator(device).manual_seed(args.seed)
     reference_rng = torch.Generator(device).manual_seed(args.seed)
 
     # Adaptive Batch Scaling
-    length_min, length_max = rollout_range(args)
-    length_multiple = rollout_multiple(args.num_envs, args.num_minibatches, length_min)
+    length_min, length_max, length_multiple = rollout_range(args)
     rollout_length = float(length_min)  # stays a float, or smoothing would freeze short of its target
     divergences = deque(maxlen=args.divergence_window)
     num_measurements = 0
@@ -753,9 +740,9 @@ if __name__ == "__main__":
                         recent_returns.append(episodic_return)
                         writer.add_scalar("charts/episodic_return", episodic_return, int(steps[t - 1]))
                         writer.add_scalar("charts/episodic_length", episodic_length, int(steps[t - 1]))
-                values[t], greedy_actions = q_network(obs[t]).max(1)
+                values[t], greedy = q_network(obs[t]).max(1)
                 if t < length:
-                    actions[t] = torch.where(explore[t], random_actions[t], greedy_actions)
+                    actions[t] = torch.where(explore[t], random_actions[t], greedy)
                     envs.send(actions[t].cpu().numpy())
         global_step += batch_size
 
@@ -771,6 +758,7 @@ if __name__ == "__main__":
         b_returns = returns.flatten().to(device)
         b_weights = is_transition[:length].flatten().float().to(device)
         minibatch_size = batch_size // args.num_minibatches
+        microbatch_size = args.microbatch_size or (128 if device.type == "cpu" else minibatch_size)
         epochs = args.update_epochs
         if args.scale_epochs:
             epochs = max(epochs, round(epochs * length / args.num_steps))
@@ -779,8 +767,8 @@ if __name__ == "__main__":
             for mb_inds in torch.randperm(batch_size, generator=rng, device=device).split(minibatch_size):
                 mb_weights = b_weights[mb_inds] / b_weights[mb_inds].sum().clamp(min=1)
                 optimizer.zero_grad()
-                for i in range(0, minibatch_size, args.microbatch_size):
-                    inds, weights = mb_inds[i : i + args.microbatch_size], mb_weights[i : i + args.microbatch_size]
+                for i in range(0, minibatch_size, microbatch_size):
+                    inds, weights = mb_inds[i : i + microbatch_size], mb_weights[i : i + microbatch_size]
                     q_values = q_network(b_obs[inds]).gather(1, b_actions[inds].unsqueeze(1)).squeeze(1)
                     loss = (weights * (q_values - b_returns[inds]) ** 2).sum()
                     loss.backward()
@@ -795,26 +783,21 @@ if __name__ == "__main__":
 
         # Adaptive Batch Scaling: how many greedy actions did this iteration change, and how long should the next rollouts be?
         if measure:
-            candidates = b_weights.nonzero().squeeze(1)
-            chosen = torch.randperm(len(candidates), generator=reference_rng, device=device)[: args.reference_batch_size]
-            reference_obs = b_obs[candidates[chosen]]
-            with torch.no_grad():
-                new_actions, old_actions = (
-                    torch.cat([network(o).argmax(1) for o in reference_obs.split(args.microbatch_size)])
-                    for network in (q_network, old_network)
-                )
+            states = b_weights.nonzero().squeeze(1)
+            states = states[torch.randperm(len(states), generator=reference_rng, device=device)][: args.reference_batch_size]
+            new_actions, old_actions = greedy_actions(q_network, b_obs[states]), greedy_actions(old_network, b_obs[states])
             divergences.append(behavioral_divergence(new_actions, old_actions))
             num_measurements += 1
-            divergence = float(np.mean(divergences))
+            mean_divergence = sum(divergences) / len(divergences)
+            target = rollout_length
             if args.adapt_signal == "time":
                 target = length_min + (length_max - length_min) * global_step / args.total_timesteps
-                rollout_length += args.rollout_smoothing * (target - rollout_length)
             elif num_measurements >= args.divergence_warmup:
                 bounds = (length_min, length_max, args.divergence_min, args.divergence_max)
-                target = target_rollout_length(divergence, *bounds, args.schedule)
-                rollout_length += args.rollout_smoothing * (target - rollout_length)
+                target = target_rollout_length(mean_divergence, *bounds, args.schedule)
+            rollout_length = (1 - args.rollout_smoothing) * rollout_length + args.rollout_smoothing * target
             writer.add_scalar("abs/divergence", divergences[-1], global_step)
-            writer.add_scalar("abs/divergence_mean", divergence, global_step)
+            writer.add_scalar("abs/divergence_mean", mean_divergence, global_step)
 
         writer.add_scalar("losses/td_loss", td_loss, global_step)
         writer.add_scalar("losses/q_values", mean_q_value, global_step)
@@ -830,7 +813,7 @@ if __name__ == "__main__":
             "SPS": f"{sps:.0f}",
             "return": f"{np.mean(recent_returns):.1f}" if recent_returns else "none yet",
             "length": length,
-            "divergence": f"{divergences[-1]:.3f}" if divergences else "none yet",
+            "divergence": f"{divergences[-1]:.3f}" if divergences else "not measured yet",
         }
         bar.set_postfix(status, refresh=False)
         bar.update(batch_size)
@@ -845,7 +828,7 @@ if __name__ == "__main__":
     envs.close()
     save_model(q_network, args, global_step, run_dir / "model.pt")
     print(f"trained {global_step:,} steps in {time.time() - start_time:.0f} s: {run_dir / 'model.pt'}", flush=True)
-    for name, value in evaluate_and_record(q_network, run_dir).items():
+    for name, value in evaluate_and_record(q_network, args, device, run_dir).items():
         if isinstance(value, float):
             writer.add_scalar(f"eval/{name}", value, global_step)
     writer.close()
