@@ -103,10 +103,6 @@ def test_smoothing_reaches_a_constant_target(script):
     assert smoothed(16, 64, 0.1, 200, int) == 55  # what keeping the float is for
 
 
-def test_smoothing_of_the_script_is_not_truncated_covered_by_the_runs():
-    """See test_run.py: the logged lengths of real runs are those of a float smoothed from the logged divergences."""
-
-
 @scripts
 @pytest.mark.parametrize("adapt_rollout", [True, False])
 def test_lengths_are_multiples_in_range_and_minibatches_equal(script, adapt_rollout):
