@@ -166,8 +166,8 @@ class Args:
 # Environment: EnvPool's Atari games
 # ---------------------------------------------------------------------------------------------------------------------------
 
-# Mean score of a random and of a human player, for the human-normalised score. Source: the tables of Wang et al., "Dueling
-# Network Architectures" (arXiv 1511.06581), and Badia et al., "Agent57" (arXiv 2003.13350).
+# Mean score of a random and of a human player, for the human-normalised score: the values in common use since Wang et al.,
+# "Dueling Network Architectures for Deep Reinforcement Learning" (arXiv 1511.06581).
 RANDOM_AND_HUMAN_SCORES = """
 Alien 227.75 7127.7 | Amidar 5.77 1719.5 | Assault 222.39 742 | Asterix 210 8503.3 | Asteroids 719.1 47388.7
 Atlantis 12850 29028.1 | BankHeist 14.2 753.1 | BattleZone 2360 37187.5 | BeamRider 363.88 16926.5 | Berzerk 123.65 2630.4
@@ -403,7 +403,7 @@ def evaluate(q_network, env_id, episodes, epsilon, seed, device, num_threads=0, 
     rng = np.random.default_rng([seed, 1])
     share = np.full(num_envs, episodes // num_envs)
     share[: episodes % num_envs] += 1
-    games = []
+    games, last_log = [], time.time()
     observations, active = envs.reset(), np.arange(num_envs, dtype=np.int32)
     while True:
         actions = q_network(torch.from_numpy(observations).to(device)).argmax(1).cpu().numpy()
@@ -417,6 +417,9 @@ def evaluate(q_network, env_id, episodes, epsilon, seed, device, num_threads=0, 
         observations, active = observations[playing], active[playing]
         if len(active) == 0:
             break
+        if time.time() - last_log >= 30:
+            last_log = time.time()
+            print(f"{len(games)} of {episodes} games over, {envs.episode_length.max()} steps into the longest", flush=True)
     envs.close()
     returns, lengths = np.array([g[0] for g in games]), np.array([g[1] for g in games])
     return {
@@ -597,6 +600,10 @@ def check_args(args):
         fail("--model is for --eval-only; add that, or leave --model out to train")
     if args.eval_only and args.eval_episodes < 1:
         fail("--eval-only needs --eval-episodes of 1 or more")
+    if args.eval_only and Path(args.model).is_file() and not os.access(Path(args.model).parent, os.W_OK):
+        fail(
+            f"--eval-only writes eval.json beside the model, but {Path(args.model).parent} is read-only; copy the model elsewhere"
+        )
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track needs Weights & Biases, which is not installed; run `pip install wandb` or leave --track out")
 
