@@ -33,6 +33,7 @@ import dataclasses
 import difflib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -156,6 +157,8 @@ class Args:
     """arithmetic of the convolutions and matrix products; auto is bfloat16 where the hardware has it, else float32"""
     microbatch_size: int = 0
     """samples per forward and backward pass, gradients are accumulated over a minibatch; 0: 128 on the CPU, all on CUDA"""
+    env_pools: int = 0
+    """emulate the games in this many groups, each while the network acts for the others; 0 is 2 on CUDA and 1 on the CPU"""
     env_threads: int = 0
     """threads of the emulator; 0 is one per core granted to this process"""
     torch_threads: int = 0
@@ -572,7 +575,9 @@ def check_args(args):
         fail(f"--env-id {args.env_id} is {kind}; did you mean {' or '.join(close)}?")
     at_least = dict.fromkeys("num_envs num_steps total_timesteps num_minibatches update_epochs adapt_interval".split(), 1)
     at_least |= dict.fromkeys("rollout_length_min divergence_window reference_batch_size video_episodes".split(), 1)
-    at_least |= dict.fromkeys("seed divergence_warmup eval_episodes microbatch_size env_threads torch_threads".split(), 0)
+    at_least |= dict.fromkeys(
+        "seed divergence_warmup eval_episodes microbatch_size env_pools env_threads torch_threads".split(), 0
+    )
     at_least |= {"max_episode_steps": 2}
     for name, bound in at_least.items():
         if getattr(args, name) < bound:
@@ -588,6 +593,8 @@ def check_args(args):
         fail(f"--divergence-min {args.divergence_min} must be less than --divergence-max {args.divergence_max}")
     if args.rollout_length_min > args.rollout_length_max:
         fail(f"--rollout-length-min {args.rollout_length_min} is above --rollout-length-max {args.rollout_length_max}")
+    if args.num_envs % max(1, args.env_pools):
+        fail(f"--num-envs {args.num_envs} does not divide into --env-pools {args.env_pools} equal groups")
     length_min, length_max, multiple = rollout_range(args)
     first_batch = args.num_envs * round_rollout_length(length_min, length_min, length_max, multiple)
     if args.total_timesteps < first_batch:
@@ -601,9 +608,7 @@ def check_args(args):
     if args.eval_only and args.eval_episodes < 1:
         fail("--eval-only needs --eval-episodes of 1 or more")
     if args.eval_only and Path(args.model).is_file() and not os.access(Path(args.model).parent, os.W_OK):
-        fail(
-            f"--eval-only writes eval.json beside the model, but {Path(args.model).parent} is read-only; copy the model elsewhere"
-        )
+        fail(f"--eval-only writes eval.json beside the model, but {Path(args.model).parent} is read-only; copy the model")
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track needs Weights & Biases, which is not installed; run `pip install wandb` or leave --track out")
 
@@ -648,19 +653,17 @@ if __name__ == "__main__":
         evaluate_and_record(speed_up(q_network, args.precision, device), args, device, Path(args.model).parent)
         sys.exit()
 
-    # Environments
-    envs = AtariEnvs(
-        args.env_id,
-        env_seeds(args.seed, args.num_envs),
-        args.env_threads,
-        args.max_episode_steps,
-        args.sticky_action_probability,
-        args.episodic_life,
-    )
+    # Environments, in groups (pools) of which one is emulated while the network acts for another
+    num_pools = args.env_pools or (2 if device.type == "cuda" and args.num_envs % 2 == 0 else 1)
+    seeds = env_seeds(args.seed, args.num_envs)
+    groups = [slice(i, i + args.num_envs // num_pools) for i in range(0, args.num_envs, args.num_envs // num_pools)]
+    limits = (args.max_episode_steps, args.sticky_action_probability, args.episodic_life)
+    pools = [AtariEnvs(args.env_id, seeds[group], args.env_threads, *limits) for group in groups]
+    num_actions = pools[0].num_actions
 
     # Network
-    q_network = speed_up(QNetwork(envs.num_actions).to(device), args.precision, device)
-    old_network = speed_up(QNetwork(envs.num_actions).to(device), args.precision, device)
+    q_network = speed_up(QNetwork(num_actions).to(device), args.precision, device)
+    old_network = speed_up(QNetwork(num_actions).to(device), args.precision, device)
     optimizer = torch.optim.RAdam(q_network.parameters(), lr=args.learning_rate)
     # Exploration and minibatches draw from one generator and reference states from another, so measuring changes no run.
     rng = torch.Generator(device).manual_seed(args.seed)
@@ -712,7 +715,7 @@ if __name__ == "__main__":
     bar = tqdm(total=args.total_timesteps, unit=" steps", unit_scale=True, disable=not sys.stdout.isatty(), file=sys.stdout)
     last_log = start_time = time.time()
     length = 0  # of the previous rollout, whose last observation is the first of the next
-    obs[0] = torch.from_numpy(envs.reset())
+    obs[0] = torch.from_numpy(np.concatenate([envs.reset() for envs in pools]))
 
     while True:
         previous_length, length = length, round_rollout_length(rollout_length, length_min, length_max, length_multiple)
@@ -720,7 +723,7 @@ if __name__ == "__main__":
         if global_step + batch_size > args.total_timesteps:
             break
         iteration += 1
-        iteration_start = time.time()
+        iteration_start = time.perf_counter()
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = (1 - global_step / args.total_timesteps) * args.learning_rate
         measure = iteration % args.adapt_interval == 0
@@ -729,28 +732,33 @@ if __name__ == "__main__":
 
         # Rollout: step t acts on obs[t] and receives obs[t + 1]; the last pass only takes the values to bootstrap from
         obs[0] = obs[previous_length]
-        steps = global_step + args.num_envs * torch.arange(1, length + 1)
+        steps = [global_step + args.num_envs * (t + 1) for t in range(length)]
         decay_steps = args.exploration_fraction * args.total_timesteps
-        epsilons = torch.tensor([linear_schedule(args.start_e, args.end_e, decay_steps, int(t)) for t in steps])
+        epsilons = torch.tensor([linear_schedule(args.start_e, args.end_e, decay_steps, step) for step in steps])
         explore = torch.rand((length, args.num_envs), generator=rng, device=device) < epsilons.to(device).unsqueeze(1)
-        random_actions = torch.randint(envs.num_actions, (length, args.num_envs), generator=rng, device=device)
+        random_actions = torch.randint(num_actions, (length, args.num_envs), generator=rng, device=device)
+        emulation_time = inference_time = 0.0
         with torch.no_grad():
-            for t in range(length + 1):
+            for t, (envs, group) in itertools.product(range(length + 1), zip(pools, groups, strict=True)):
+                start = time.perf_counter()
                 if t > 0:
                     next_obs, reward, terminated, done, is_reset, games = envs.recv()
-                    obs[t] = torch.from_numpy(next_obs)
-                    rewards[t - 1] = torch.from_numpy(reward)
-                    terminations[t - 1] = torch.from_numpy(terminated)
-                    dones[t - 1] = torch.from_numpy(done)
-                    is_transition[t - 1] = torch.from_numpy(~is_reset)
+                    emulation_time += time.perf_counter() - start
+                    start = time.perf_counter()
+                    obs[t, group] = torch.from_numpy(next_obs)
+                    rewards[t - 1, group] = torch.from_numpy(reward)
+                    terminations[t - 1, group] = torch.from_numpy(terminated)
+                    dones[t - 1, group] = torch.from_numpy(done)
+                    is_transition[t - 1, group] = torch.from_numpy(~is_reset)
                     for episodic_return, episodic_length, _ in games:
                         recent_returns.append(episodic_return)
-                        writer.add_scalar("charts/episodic_return", episodic_return, int(steps[t - 1]))
-                        writer.add_scalar("charts/episodic_length", episodic_length, int(steps[t - 1]))
-                values[t], greedy = q_network(obs[t]).max(1)
+                        writer.add_scalar("charts/episodic_return", episodic_return, steps[t - 1])
+                        writer.add_scalar("charts/episodic_length", episodic_length, steps[t - 1])
+                values[t, group], greedy = q_network(obs[t, group]).max(1)
                 if t < length:
-                    actions[t] = torch.where(explore[t], random_actions[t], greedy)
-                    envs.send(actions[t].cpu().numpy())
+                    actions[t, group] = torch.where(explore[t, group], random_actions[t, group], greedy)
+                    envs.send(actions[t, group].cpu().numpy())
+                inference_time += time.perf_counter() - start
         global_step += batch_size
 
         # Targets, once per rollout: s_{t+1} is obs[t + 1] also where the episode ended, since EnvPool resets a step later
@@ -814,8 +822,12 @@ if __name__ == "__main__":
         writer.add_scalar("abs/minibatch_size", minibatch_size, global_step)
         writer.add_scalar("charts/epsilon", float(epsilons[-1]), global_step)
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
-        sps = batch_size / (time.time() - iteration_start)
+        iteration_time = time.perf_counter() - iteration_start
+        sps = batch_size / iteration_time
         writer.add_scalar("charts/SPS", sps, global_step)
+        writer.add_scalar("time/emulation", emulation_time, global_step)
+        writer.add_scalar("time/inference", inference_time, global_step)
+        writer.add_scalar("time/learning", iteration_time - emulation_time - inference_time, global_step)
         status = {
             "SPS": f"{sps:.0f}",
             "return": f"{np.mean(recent_returns):.1f}" if recent_returns else "none yet",
@@ -832,7 +844,8 @@ if __name__ == "__main__":
             )
 
     bar.close()
-    envs.close()
+    for envs in pools:
+        envs.close()
     save_model(q_network, args, global_step, run_dir / "model.pt")
     print(f"trained {global_step:,} steps in {time.time() - start_time:.0f} s: {run_dir / 'model.pt'}", flush=True)
     for name, value in evaluate_and_record(q_network, args, device, run_dir).items():
