@@ -677,6 +677,13 @@ if __name__ == "__main__":
 
     # Run folder and logs
     run_dir = make_run_dir(args)
+    shortest, longest = (round_rollout_length(n, length_min, length_max, length_multiple) for n in (length_min, length_max))
+    print(
+        f"{args.env_id} on {device.type} ({args.precision}, {torch.get_num_threads()} PyTorch and {args.env_threads} emulator "
+        f"threads), {sum(p.numel() for p in q_network.parameters()):,} parameters, batches of {args.num_envs * shortest:,} to "
+        f"{args.num_envs * longest:,} samples in multiples of {args.num_envs * length_multiple:,}: {run_dir}",
+        flush=True,
+    )
     if args.track:
         import wandb
 
@@ -691,15 +698,6 @@ if __name__ == "__main__":
     writer = SummaryWriter(str(run_dir))
     writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
     write_json(run_dir / "args.json", vars(args))
-    shortest, longest = (round_rollout_length(n, length_min, length_max, length_multiple) for n in (length_min, length_max))
-    print(
-        f"{args.env_id} on {device.type} ({args.precision}, {torch.get_num_threads()} PyTorch and {args.env_threads} emulator "
-        f"threads), {sum(p.numel() for p in q_network.parameters()):,} parameters, batches of "
-        + f"{args.num_envs * shortest:,}"
-        + (f" to {args.num_envs * longest:,} in steps of {args.num_envs * length_multiple:,}" if longest > shortest else "")
-        + f" samples: {run_dir}",
-        flush=True,
-    )
 
     # Storage, allocated once for the longest rollout; shorter ones use its beginning
     obs = torch.zeros((longest + 1, args.num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
