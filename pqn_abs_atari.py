@@ -33,6 +33,7 @@ import dataclasses
 import difflib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -156,6 +157,8 @@ class Args:
     """arithmetic of the convolutions and matrix products; auto is bfloat16 where the hardware has it, else float32"""
     microbatch_size: int = 0
     """samples per forward and backward pass, gradients are accumulated over a minibatch; 0: 128 on the CPU, all on CUDA"""
+    env_pools: int = 0
+    """emulate the games in this many groups, each while the network acts for the others; 0 is 2 on CUDA and 1 on the CPU"""
     env_threads: int = 0
     """threads of the emulator; 0 is one per core granted to this process"""
     torch_threads: int = 0
@@ -166,8 +169,8 @@ class Args:
 # Environment: EnvPool's Atari games
 # ---------------------------------------------------------------------------------------------------------------------------
 
-# Mean score of a random and of a human player, for the human-normalised score. Source: the tables of Wang et al., "Dueling
-# Network Architectures" (arXiv 1511.06581), and Badia et al., "Agent57" (arXiv 2003.13350).
+# Mean score of a random and of a human player, for the human-normalised score: the values in common use since Wang et al.,
+# "Dueling Network Architectures for Deep Reinforcement Learning" (arXiv 1511.06581).
 RANDOM_AND_HUMAN_SCORES = """
 Alien 227.75 7127.7 | Amidar 5.77 1719.5 | Assault 222.39 742 | Asterix 210 8503.3 | Asteroids 719.1 47388.7
 Atlantis 12850 29028.1 | BankHeist 14.2 753.1 | BattleZone 2360 37187.5 | BeamRider 363.88 16926.5 | Berzerk 123.65 2630.4
@@ -403,7 +406,7 @@ def evaluate(q_network, env_id, episodes, epsilon, seed, device, num_threads=0, 
     rng = np.random.default_rng([seed, 1])
     share = np.full(num_envs, episodes // num_envs)
     share[: episodes % num_envs] += 1
-    games = []
+    games, last_log = [], time.time()
     observations, active = envs.reset(), np.arange(num_envs, dtype=np.int32)
     while True:
         actions = q_network(torch.from_numpy(observations).to(device)).argmax(1).cpu().numpy()
@@ -417,6 +420,9 @@ def evaluate(q_network, env_id, episodes, epsilon, seed, device, num_threads=0, 
         observations, active = observations[playing], active[playing]
         if len(active) == 0:
             break
+        if time.time() - last_log >= 30:
+            last_log = time.time()
+            print(f"{len(games)} of {episodes} games over, {envs.episode_length.max()} steps into the longest", flush=True)
     envs.close()
     returns, lengths = np.array([g[0] for g in games]), np.array([g[1] for g in games])
     return {
@@ -569,7 +575,9 @@ def check_args(args):
         fail(f"--env-id {args.env_id} is {kind}; did you mean {' or '.join(close)}?")
     at_least = dict.fromkeys("num_envs num_steps total_timesteps num_minibatches update_epochs adapt_interval".split(), 1)
     at_least |= dict.fromkeys("rollout_length_min divergence_window reference_batch_size video_episodes".split(), 1)
-    at_least |= dict.fromkeys("seed divergence_warmup eval_episodes microbatch_size env_threads torch_threads".split(), 0)
+    at_least |= dict.fromkeys(
+        "seed divergence_warmup eval_episodes microbatch_size env_pools env_threads torch_threads".split(), 0
+    )
     at_least |= {"max_episode_steps": 2}
     for name, bound in at_least.items():
         if getattr(args, name) < bound:
@@ -585,6 +593,8 @@ def check_args(args):
         fail(f"--divergence-min {args.divergence_min} must be less than --divergence-max {args.divergence_max}")
     if args.rollout_length_min > args.rollout_length_max:
         fail(f"--rollout-length-min {args.rollout_length_min} is above --rollout-length-max {args.rollout_length_max}")
+    if args.num_envs % max(1, args.env_pools):
+        fail(f"--num-envs {args.num_envs} does not divide into --env-pools {args.env_pools} equal groups")
     length_min, length_max, multiple = rollout_range(args)
     first_batch = args.num_envs * round_rollout_length(length_min, length_min, length_max, multiple)
     if args.total_timesteps < first_batch:
@@ -597,6 +607,8 @@ def check_args(args):
         fail("--model is for --eval-only; add that, or leave --model out to train")
     if args.eval_only and args.eval_episodes < 1:
         fail("--eval-only needs --eval-episodes of 1 or more")
+    if args.eval_only and Path(args.model).is_file() and not os.access(Path(args.model).parent, os.W_OK):
+        fail(f"--eval-only writes eval.json beside the model, but {Path(args.model).parent} is read-only; copy the model")
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track needs Weights & Biases, which is not installed; run `pip install wandb` or leave --track out")
 
@@ -641,19 +653,17 @@ if __name__ == "__main__":
         evaluate_and_record(speed_up(q_network, args.precision, device), args, device, Path(args.model).parent)
         sys.exit()
 
-    # Environments
-    envs = AtariEnvs(
-        args.env_id,
-        env_seeds(args.seed, args.num_envs),
-        args.env_threads,
-        args.max_episode_steps,
-        args.sticky_action_probability,
-        args.episodic_life,
-    )
+    # Environments, in groups (pools) of which one is emulated while the network acts for another
+    num_pools = args.env_pools or (2 if device.type == "cuda" and args.num_envs % 2 == 0 else 1)
+    seeds = env_seeds(args.seed, args.num_envs)
+    groups = [slice(i, i + args.num_envs // num_pools) for i in range(0, args.num_envs, args.num_envs // num_pools)]
+    limits = (args.max_episode_steps, args.sticky_action_probability, args.episodic_life)
+    pools = [AtariEnvs(args.env_id, seeds[group], args.env_threads, *limits) for group in groups]
+    num_actions = pools[0].num_actions
 
     # Network
-    q_network = speed_up(QNetwork(envs.num_actions).to(device), args.precision, device)
-    old_network = speed_up(QNetwork(envs.num_actions).to(device), args.precision, device)
+    q_network = speed_up(QNetwork(num_actions).to(device), args.precision, device)
+    old_network = speed_up(QNetwork(num_actions).to(device), args.precision, device)
     optimizer = torch.optim.RAdam(q_network.parameters(), lr=args.learning_rate)
     # Exploration and minibatches draw from one generator and reference states from another, so measuring changes no run.
     rng = torch.Generator(device).manual_seed(args.seed)
@@ -667,6 +677,13 @@ if __name__ == "__main__":
 
     # Run folder and logs
     run_dir = make_run_dir(args)
+    shortest, longest = (round_rollout_length(n, length_min, length_max, length_multiple) for n in (length_min, length_max))
+    print(
+        f"{args.env_id} on {device.type} ({args.precision}, {torch.get_num_threads()} PyTorch and {args.env_threads} emulator "
+        f"threads), {sum(p.numel() for p in q_network.parameters()):,} parameters, batches of {args.num_envs * shortest:,} to "
+        f"{args.num_envs * longest:,} samples in multiples of {args.num_envs * length_multiple:,}: {run_dir}",
+        flush=True,
+    )
     if args.track:
         import wandb
 
@@ -681,15 +698,6 @@ if __name__ == "__main__":
     writer = SummaryWriter(str(run_dir))
     writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
     write_json(run_dir / "args.json", vars(args))
-    shortest, longest = (round_rollout_length(n, length_min, length_max, length_multiple) for n in (length_min, length_max))
-    print(
-        f"{args.env_id} on {device.type} ({args.precision}, {torch.get_num_threads()} PyTorch and {args.env_threads} emulator "
-        f"threads), {sum(p.numel() for p in q_network.parameters()):,} parameters, batches of "
-        + f"{args.num_envs * shortest:,}"
-        + (f" to {args.num_envs * longest:,} in steps of {args.num_envs * length_multiple:,}" if longest > shortest else "")
-        + f" samples: {run_dir}",
-        flush=True,
-    )
 
     # Storage, allocated once for the longest rollout; shorter ones use its beginning
     obs = torch.zeros((longest + 1, args.num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
@@ -705,7 +713,7 @@ if __name__ == "__main__":
     bar = tqdm(total=args.total_timesteps, unit=" steps", unit_scale=True, disable=not sys.stdout.isatty(), file=sys.stdout)
     last_log = start_time = time.time()
     length = 0  # of the previous rollout, whose last observation is the first of the next
-    obs[0] = torch.from_numpy(envs.reset())
+    obs[0] = torch.from_numpy(np.concatenate([envs.reset() for envs in pools]))
 
     while True:
         previous_length, length = length, round_rollout_length(rollout_length, length_min, length_max, length_multiple)
@@ -713,7 +721,7 @@ if __name__ == "__main__":
         if global_step + batch_size > args.total_timesteps:
             break
         iteration += 1
-        iteration_start = time.time()
+        iteration_start = time.perf_counter()
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = (1 - global_step / args.total_timesteps) * args.learning_rate
         measure = iteration % args.adapt_interval == 0
@@ -722,28 +730,33 @@ if __name__ == "__main__":
 
         # Rollout: step t acts on obs[t] and receives obs[t + 1]; the last pass only takes the values to bootstrap from
         obs[0] = obs[previous_length]
-        steps = global_step + args.num_envs * torch.arange(1, length + 1)
+        steps = [global_step + args.num_envs * (t + 1) for t in range(length)]
         decay_steps = args.exploration_fraction * args.total_timesteps
-        epsilons = torch.tensor([linear_schedule(args.start_e, args.end_e, decay_steps, int(t)) for t in steps])
+        epsilons = torch.tensor([linear_schedule(args.start_e, args.end_e, decay_steps, step) for step in steps])
         explore = torch.rand((length, args.num_envs), generator=rng, device=device) < epsilons.to(device).unsqueeze(1)
-        random_actions = torch.randint(envs.num_actions, (length, args.num_envs), generator=rng, device=device)
+        random_actions = torch.randint(num_actions, (length, args.num_envs), generator=rng, device=device)
+        emulation_time = inference_time = 0.0
         with torch.no_grad():
-            for t in range(length + 1):
+            for t, (envs, group) in itertools.product(range(length + 1), zip(pools, groups, strict=True)):
+                start = time.perf_counter()
                 if t > 0:
                     next_obs, reward, terminated, done, is_reset, games = envs.recv()
-                    obs[t] = torch.from_numpy(next_obs)
-                    rewards[t - 1] = torch.from_numpy(reward)
-                    terminations[t - 1] = torch.from_numpy(terminated)
-                    dones[t - 1] = torch.from_numpy(done)
-                    is_transition[t - 1] = torch.from_numpy(~is_reset)
+                    emulation_time += time.perf_counter() - start
+                    start = time.perf_counter()
+                    obs[t, group] = torch.from_numpy(next_obs)
+                    rewards[t - 1, group] = torch.from_numpy(reward)
+                    terminations[t - 1, group] = torch.from_numpy(terminated)
+                    dones[t - 1, group] = torch.from_numpy(done)
+                    is_transition[t - 1, group] = torch.from_numpy(~is_reset)
                     for episodic_return, episodic_length, _ in games:
                         recent_returns.append(episodic_return)
-                        writer.add_scalar("charts/episodic_return", episodic_return, int(steps[t - 1]))
-                        writer.add_scalar("charts/episodic_length", episodic_length, int(steps[t - 1]))
-                values[t], greedy = q_network(obs[t]).max(1)
+                        writer.add_scalar("charts/episodic_return", episodic_return, steps[t - 1])
+                        writer.add_scalar("charts/episodic_length", episodic_length, steps[t - 1])
+                values[t, group], greedy = q_network(obs[t, group]).max(1)
                 if t < length:
-                    actions[t] = torch.where(explore[t], random_actions[t], greedy)
-                    envs.send(actions[t].cpu().numpy())
+                    actions[t, group] = torch.where(explore[t, group], random_actions[t, group], greedy)
+                    envs.send(actions[t, group].cpu().numpy())
+                inference_time += time.perf_counter() - start
         global_step += batch_size
 
         # Targets, once per rollout: s_{t+1} is obs[t + 1] also where the episode ended, since EnvPool resets a step later
@@ -807,8 +820,12 @@ if __name__ == "__main__":
         writer.add_scalar("abs/minibatch_size", minibatch_size, global_step)
         writer.add_scalar("charts/epsilon", float(epsilons[-1]), global_step)
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
-        sps = batch_size / (time.time() - iteration_start)
+        iteration_time = time.perf_counter() - iteration_start
+        sps = batch_size / iteration_time
         writer.add_scalar("charts/SPS", sps, global_step)
+        writer.add_scalar("time/emulation", emulation_time, global_step)
+        writer.add_scalar("time/inference", inference_time, global_step)
+        writer.add_scalar("time/learning", iteration_time - emulation_time - inference_time, global_step)
         status = {
             "SPS": f"{sps:.0f}",
             "return": f"{np.mean(recent_returns):.1f}" if recent_returns else "none yet",
@@ -825,7 +842,8 @@ if __name__ == "__main__":
             )
 
     bar.close()
-    envs.close()
+    for envs in pools:
+        envs.close()
     save_model(q_network, args, global_step, run_dir / "model.pt")
     print(f"trained {global_step:,} steps in {time.time() - start_time:.0f} s: {run_dir / 'model.pt'}", flush=True)
     for name, value in evaluate_and_record(q_network, args, device, run_dir).items():

@@ -1,0 +1,143 @@
+"""Measures agent steps per second: EnvPool alone, a script at several rollout lengths, and optionally a peer beside it.
+
+    python benchmark/throughput.py                                            # pqn_abs_atari.py on this machine
+    python benchmark/throughput.py --peer ../cleanrl/pqn_atari_envpool.py     # and a script with CleanRL's flags, in turn
+
+Every line is a training run of its own process with the same number of samples and updates (128 environments, 4 minibatches,
+2 epochs), timed by the wall clock between its TensorBoard points: emulation, inference, learning and logging are all in it,
+the first quarter of the run is not. Speed is the median over windows of some 8,192 steps; lowest and highest are their range.
+Runs of ours and of the peer alternate. Emulation, inference and learning are shares of the time as the script logs them:
+waiting for the emulator; acting and storing; everything else. Prints a table and writes it as CSV.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import envpool
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+FIELDS = "name steps_per_second lowest highest windows of_emulator emulation inference learning peak_memory_gib".split()
+
+
+def measure_envpool(env_id, num_envs, num_threads, seconds, warmup):
+    """Agent steps per second of EnvPool with random actions, in windows of a second: a list of floats."""
+    envs = envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, num_threads=num_threads, reward_clip=True)
+    envs.reset()
+    rng = np.random.default_rng(0)
+    actions = rng.integers(envs.action_space.n, size=(1024, num_envs), dtype=np.int32)
+    speeds, start, window_start, steps = [], time.perf_counter(), time.perf_counter(), 0
+    while (now := time.perf_counter()) - start < warmup + seconds:
+        if now - window_start >= 1:
+            if window_start - start >= warmup:
+                speeds.append(steps / (now - window_start))
+            window_start, steps = now, 0
+        envs.step(actions[rng.integers(1024)])
+        steps += num_envs
+    envs.close()
+    return speeds
+
+
+def run_script(command):
+    """Runs a training script to its end in a folder of its own.
+
+    Returns (speeds of the windows, shares of emulation, inference and learning or None, peak resident memory in GiB).
+    """
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
+        process, peak_memory = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log), 0.0
+        while process.poll() is None:
+            time.sleep(0.5)
+            peak_memory = max(peak_memory, resident_memory(process.pid))
+        if process.returncode:
+            log.seek(0)
+            sys.exit(f"error: {shlex.join(command)} ended with {process.returncode}:\n{log.read()[-2000:]}")
+        events = EventAccumulator(str(next(Path(folder).glob("runs/*"))), size_guidance={"scalars": 0})
+        events.Reload()
+    points = [(p.wall_time, p.step) for p in events.Scalars("charts/SPS")]
+    points = [p for p in points if p[1] > points[-1][1] / 4]
+    speeds, start = [], points[0]
+    for point in points:
+        if point[1] - start[1] >= 8192:
+            speeds.append((point[1] - start[1]) / (point[0] - start[0]))
+            start = point
+    shares = None
+    if "time/learning" in events.Tags()["scalars"]:
+        times = [[p.value for p in events.Scalars(f"time/{n}")] for n in ("emulation", "inference", "learning")]
+        seconds = [sum(t[len(t) // 4 :]) for t in times]
+        shares = [s / sum(seconds) for s in seconds]
+    return speeds, shares, peak_memory
+
+
+def resident_memory(pid):
+    """Resident memory of a process in GiB, 0 where /proc does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except OSError:
+        return 0.0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scripts", nargs="+", default=["pqn_abs_atari.py"], help="scripts of this repository")
+    parser.add_argument("--peer", type=Path, help="a script with CleanRL's flags, run at the base length")
+    parser.add_argument("--env-id", default="Breakout-v5", help="the game")
+    parser.add_argument("--steps", type=int, default=65536, help="agent steps of each run; on a GPU take 4000000")
+    parser.add_argument("--rounds", type=int, default=2, help="how often all runs are repeated, in turn")
+    parser.add_argument("--flags", default="", help='more flags for our scripts, such as "--precision float32"')
+    parser.add_argument("--out", type=Path, default=Path("throughput.csv"), help="the CSV to write")
+    args = parser.parse_args()
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    rate = float(np.median(emulator := measure_envpool(args.env_id, 128, min(cores, 128), seconds=20, warmup=3)))
+    rows = [row("EnvPool, random actions", emulator, rate)]
+    common = f"--env-id {args.env_id} --num-envs 128 --num-minibatches 4 --update-epochs 2 --total-timesteps {args.steps}"
+    commands = {}
+    for script in args.scripts:
+        longest = 64 if script == "pqn_abs_atari.py" else 128
+        variants = {f"L = {n}": f"--no-adapt-rollout --num-steps {n}" for n in (16, 32, longest)}
+        # Through the whole range within the run: the length changes at every iteration
+        moving = f"--rollout-length-max {longest} --adapt-interval 1 --adapt-signal time --rollout-smoothing 1"
+        for name, flags in (variants | {f"L = 16 to {longest}, moving": moving}).items():
+            flags = shlex.split(f"{common} --eval-episodes 0 {flags} {args.flags}")
+            commands[f"{script}, {name}"] = [sys.executable, str(ROOT / script), *flags]
+    if args.peer:
+        peer_name = f"peer {args.peer.name}, L = 32"
+        commands[peer_name] = [sys.executable, str(args.peer.resolve()), *shlex.split(f"{common} --num-steps 32")]
+    runs = {name: [] for name in commands}
+    for _ in range(args.rounds):
+        for name, command in commands.items():
+            runs[name].append(run_script(command))
+    for name, results in runs.items():
+        shares = [r[1] for r in results if r[1]]
+        speeds = [speed for r in results for speed in r[0]]
+        rows.append(row(name, speeds, rate, np.mean(shares, axis=0) if shares else None, max(r[2] for r in results)))
+
+    for r in [dict(zip(FIELDS, FIELDS, strict=True)), *rows]:
+        print("  ".join(str(r[f]).ljust(44 if f == "name" else max(10, len(f))) for f in FIELDS))
+    for r in rows[1:-1] if args.peer else []:
+        print(f"{r['name']}: {r['steps_per_second'] / rows[-1]['steps_per_second']:.2f} times the speed of the peer")
+    print(f"{cores} cores, {platform.machine()}, Python {platform.python_version()}, EnvPool {envpool.__version__}")
+    with args.out.open("w", newline="") as f:
+        writer = csv.DictWriter(f, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def row(name, speeds, rate, shares=None, memory=None):
+    median = float(np.median(speeds))
+    cells = [name, round(median), round(min(speeds)), round(max(speeds)), len(speeds), round(median / rate, 3)]
+    cells += ["", "", ""] if shares is None else [round(float(s), 3) for s in shares]
+    return dict(zip(FIELDS, [*cells, "" if memory is None else round(memory, 2)], strict=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The README cannot go stale: its code stands in the scripts, its flags and files exist."""
+
+import ast
+import re
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def quoted_fragments():
+    """(script, code) of every piece of code that the README says it copied; "..." lines separate the pieces of a block."""
+    for script, block in re.findall(r"<!-- from (\S+) -->\n```python\n(.*?)```", README, flags=re.S):
+        for fragment in re.split(r"^\.\.\.\n", block, flags=re.M):
+            yield script, fragment.strip("\n")
+
+
+def without_indentation(code):
+    return textwrap.dedent(code).strip("\n")
+
+
+def test_quoted_code_is_the_scripts_code():
+    """Each quoted piece stands in its script line by line, but for a common indentation."""
+    fragments = list(quoted_fragments())
+    assert len(fragments) >= 4
+    for script, fragment in fragments:
+        lines = (ROOT / script).read_text().split("\n")
+        size = len(fragment.split("\n"))
+        windows = ("\n".join(lines[i : i + size]) for i in range(len(lines)))
+        assert any(without_indentation(window) == without_indentation(fragment) for window in windows), fragment
+
+
+def test_flags_exist():
+    """Every --flag in the README is an argument of the script (or of one of the named tools)."""
+    tree = ast.parse((ROOT / "pqn_abs_atari.py").read_text())
+    fields = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args").body
+    known = {"--" + node.target.id.replace("_", "-") for node in fields if isinstance(node, ast.AnnAssign)}
+    known |= {flag.replace("--", "--no-", 1) for flag in known} | {"--help", "--logdir"}
+    known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', "".join(p.read_text() for p in (ROOT / "benchmark").glob("*.py"))))
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README))
+    assert flags - known == set()
+    assert len(flags) > 15
+
+
+def test_linked_files_exist():
+    """Every relative link and picture of the README leads to a file of the repository."""
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", README) if "://" not in link and not link.startswith("#")]
+    assert links
+    assert [link for link in links if not (ROOT / link.split("#")[0]).exists()] == []
+
+
+def test_nothing_left_to_fill_in():
+    """No placeholder was forgotten."""
+    assert not re.search(r"@@|TODO|TBD|XXX", README)
