@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["pqn_abs_atari.py"]
 
+torch.set_num_threads(1)  # the tensors are small, and the machine may be shared
 sys.path.insert(0, str(ROOT))
 MODULES = {name: importlib.import_module(name.removesuffix(".py")) for name in SCRIPTS}
 

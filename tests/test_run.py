@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 TINY = (
     "--env-id Pong-v5 --num-envs 8 --rollout-length-min 4 --rollout-length-max 16 --num-minibatches 2 --adapt-interval 2 "
     "--divergence-warmup 2 --divergence-window 3 --rollout-smoothing 0.3 --reference-batch-size 64 --eval-episodes 2 "
-    "--max-episode-steps 200 --learning-rate 1e-4"
+    "--max-episode-steps 200 --learning-rate 1e-4 --torch-threads 1 --env-threads 1"
 ).split()
 SCALARS = set(
     "charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate charts/epsilon losses/td_loss "
@@ -114,17 +114,10 @@ def test_scalars(start):
     assert [step for step, _ in batches] == list(itertools.accumulate(int(b) for _, b in batches))
     assert [b for _, b in batches] == [8 * length for length in lengths]
     assert run.values("abs/minibatch_size") == [4 * length for length in lengths]
-    for name in (
-        "losses/td_loss",
-        "losses/q_values",
-        "losses/grad_norm",
-        "charts/epsilon",
-        "charts/learning_rate",
-        "charts/SPS",
-    ):
+    for name in "losses/td_loss losses/q_values losses/grad_norm charts/epsilon charts/learning_rate charts/SPS".split():
         assert [step for step, _ in run.scalars[name]] == [step for step, _ in batches]
     assert min(run.values("losses/td_loss")) >= 0 and min(run.values("charts/SPS")) > 0
-    assert set(run.values("charts/learning_rate")) == {pytest.approx(1e-4)}
+    assert run.values("charts/learning_rate") == pytest.approx([1e-4] * len(batches))
     epsilon = run.values("charts/epsilon")
     for (step, _), e in zip(batches, epsilon, strict=True):
         assert e == pytest.approx(max(0.001, 1 - 0.999 * step / 300), abs=1e-6)
@@ -153,7 +146,6 @@ def test_length_follows_the_divergence(script, start):
     steps = [step for step, _ in run.scalars["abs/batch_size"]]
     assert [step for step, _ in run.scalars["abs/divergence"]] == steps[1::2]
     assert all(0 <= d <= 1 for d in measured) and max(measured) > 0
-    assert all((d * 64) == pytest.approx(round(d * 64), abs=1e-4) for d in measured if d * 32 != int(d * 32))
 
     expected, length = [], 4.0
     for iteration in range(1, len(lengths) + 1):
@@ -181,7 +173,7 @@ def test_time_as_signal(script, start):
 
 
 def test_fixed_batch(start):
-    """--no-adapt-rollout keeps num-steps; the divergence is measured all the same, and on whatever states, it changes no run."""
+    """--no-adapt-rollout keeps num-steps; the divergence is measured all the same, and measuring changes no run."""
     fixed = ("--no-adapt-rollout", "--num-steps", 8, *SHORT)
     run, other = start(*fixed), start(*fixed, "--reference-batch-size", 7, "--adapt-interval", 1)
     assert set(run.values("abs/rollout_length")) == {8}
