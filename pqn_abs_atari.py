@@ -156,7 +156,7 @@ class Args:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """arithmetic of the convolutions and matrix products; auto is bfloat16 where the hardware has it, else float32"""
     microbatch_size: int = 0
-    """samples per forward and backward pass, gradients are accumulated over a minibatch; 0: 128 on the CPU, all on CUDA"""
+    """samples per forward and backward pass, gradients are accumulated over a minibatch; 0: 256 on the CPU, all on CUDA"""
     env_pools: int = 0
     """emulate the games in this many groups, each while the network acts for the others; 0 is 2 on CUDA and 1 on the CPU"""
     env_threads: int = 0
@@ -664,7 +664,7 @@ if __name__ == "__main__":
     # Network
     q_network = speed_up(QNetwork(num_actions).to(device), args.precision, device)
     old_network = speed_up(QNetwork(num_actions).to(device), args.precision, device)
-    optimizer = torch.optim.RAdam(q_network.parameters(), lr=args.learning_rate)
+    optimizer = torch.optim.RAdam(q_network.parameters(), lr=args.learning_rate, foreach=True)
     # Exploration and minibatches draw from one generator and reference states from another, so measuring changes no run.
     rng = torch.Generator(device).manual_seed(args.seed)
     reference_rng = torch.Generator(device).manual_seed(args.seed)
@@ -771,7 +771,7 @@ if __name__ == "__main__":
         b_returns = returns.flatten().to(device)
         b_weights = is_transition[:length].flatten().float().to(device)
         minibatch_size = batch_size // args.num_minibatches
-        microbatch_size = args.microbatch_size or (128 if device.type == "cpu" else minibatch_size)
+        microbatch_size = args.microbatch_size or (256 if device.type == "cpu" else minibatch_size)
         epochs = args.update_epochs
         if args.scale_epochs:
             epochs = max(epochs, round(epochs * length / args.num_steps))
@@ -782,7 +782,7 @@ if __name__ == "__main__":
                 optimizer.zero_grad()
                 for i in range(0, minibatch_size, microbatch_size):
                     inds, weights = mb_inds[i : i + microbatch_size], mb_weights[i : i + microbatch_size]
-                    q_values = q_network(b_obs[inds]).gather(1, b_actions[inds].unsqueeze(1)).squeeze(1)
+                    q_values = q_network(b_obs.index_select(0, inds)).gather(1, b_actions[inds].unsqueeze(1)).squeeze(1)
                     loss = (weights * (q_values - b_returns[inds]) ** 2).sum()
                     loss.backward()
                     logs[0] += loss.detach()
