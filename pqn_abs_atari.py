@@ -188,7 +188,7 @@ KungFuMaster 258.5 22736.3 | MontezumaRevenge 0 4753.3 | MsPacman 307.3 6951.6 |
 Phoenix 761.4 7242.6 | Pitfall -229.44 6463.7 | Pong -20.71 14.6 | PrivateEye 24.94 69571.3 | Qbert 163.88 13455
 Riverraid 1338.5 17118 | RoadRunner 11.5 7845 | Robotank 2.16 11.9 | Seaquest 68.4 42054.7 | Skiing -17098.09 -4336.9
 Solaris 1236.3 12326.7 | SpaceInvaders 148.3 1668.7 | StarGunner 664 10250 | Surround -9.99 6.53 | Tennis -23.84 -8.3
-TimePilot 3568 5229.2 | Tutankham 11.43 167.6 | UpNDown 533.4 11693.2 | Venture 0 1187.5 | VideoPinball 0 17667.9
+TimePilot 3568 5229.2 | Tutankham 11.43 167.6 | UpNDown 533.4 11693.2 | Venture 0 1187.5 | VideoPinball 16256.9 17667.9
 WizardOfWor 563.5 4756.5 | YarsRevenge 3092.91 54576.9 | Zaxxon 32.5 9173.3
 """
 
