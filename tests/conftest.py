@@ -1,0 +1,49 @@
+"""What the tests share. A new script joins the suite by its name in SCRIPTS."""
+
+import importlib
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["pqn_abs_atari.py"]
+
+torch.set_num_threads(1)  # the tensors are small, and the machine may be shared
+sys.path.insert(0, str(ROOT))
+MODULES = {name: importlib.import_module(name.removesuffix(".py")) for name in SCRIPTS}
+
+
+def modules_with(*names):
+    """The imported scripts that have all these names, as parameters of a test."""
+    return [pytest.param(m, id=m.__name__) for m in MODULES.values() if all(hasattr(m, name) for name in names)]
+
+
+def run_script(script, *arguments, cwd, timeout=600, python_options=()):
+    """Runs a script of the repository as a user would; its runs/ folder lands in cwd."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, *python_options, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capsys):
+    """Runs a script inside this process, in an empty folder: spares seconds of imports where it ends early anyway."""
+
+    def run(script, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            code = 0
+        except SystemExit as e:
+            code = e.code or 0
+        output = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, output.out, output.err)
+
+    return run
