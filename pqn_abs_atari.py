@@ -484,6 +484,8 @@ def load_model(path, device):
     """Reads what save_model wrote. Returns the network and the id of the game it was trained on, or fails with one line."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError
         q_network = QNetwork(len(content["weights"]["head.bias"])).to(device)
         q_network.load_state_dict(content["weights"])
         return q_network, content["args"]["env_id"]

@@ -28,7 +28,7 @@ def gradients_and_logs(q_network, *batch, microbatch_size=1000):
 
 
 def relative_error(x, reference):
-    return float((x - reference).norm() / reference.norm())
+    return float((x - reference).detach().norm() / reference.detach().norm())
 
 
 def fresh_network():
