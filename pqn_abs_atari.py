@@ -38,10 +38,12 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -155,8 +157,12 @@ class Args:
     # Speed
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """arithmetic of the convolutions and matrix products; auto is bfloat16 where the hardware has it, else float32"""
+    compile: bool = False
+    """if toggled, torch.compile the network (needs Triton on CUDA, a C++ compiler on the CPU)"""
+    cudagraphs: bool = False
+    """if toggled, record acting and the gradient step as CUDA graphs (CUDA only)"""
     microbatch_size: int = 0
-    """samples per forward and backward pass, gradients are accumulated over a minibatch; 0: 128 on the CPU, all on CUDA"""
+    """samples per forward and backward pass, gradients are accumulated over a minibatch; 0: 256 on the CPU, all on CUDA"""
     env_pools: int = 0
     """emulate the games in this many groups, each while the network acts for the others; 0 is 2 on CUDA and 1 on the CPU"""
     env_threads: int = 0
@@ -182,7 +188,7 @@ KungFuMaster 258.5 22736.3 | MontezumaRevenge 0 4753.3 | MsPacman 307.3 6951.6 |
 Phoenix 761.4 7242.6 | Pitfall -229.44 6463.7 | Pong -20.71 14.6 | PrivateEye 24.94 69571.3 | Qbert 163.88 13455
 Riverraid 1338.5 17118 | RoadRunner 11.5 7845 | Robotank 2.16 11.9 | Seaquest 68.4 42054.7 | Skiing -17098.09 -4336.9
 Solaris 1236.3 12326.7 | SpaceInvaders 148.3 1668.7 | StarGunner 664 10250 | Surround -9.99 6.53 | Tennis -23.84 -8.3
-TimePilot 3568 5229.2 | Tutankham 11.43 167.6 | UpNDown 533.4 11693.2 | Venture 0 1187.5 | VideoPinball 0 17667.9
+TimePilot 3568 5229.2 | Tutankham 11.43 167.6 | UpNDown 533.4 11693.2 | Venture 0 1187.5 | VideoPinball 16256.9 17667.9
 WizardOfWor 563.5 4756.5 | YarsRevenge 3092.91 54576.9 | Zaxxon 32.5 9173.3
 """
 
@@ -383,6 +389,31 @@ def greedy_actions(q_network, observations):
     return torch.cat([q_network(chunk).argmax(1) for chunk in observations.split(256)])
 
 
+def act(q_network, observations, explore, random_actions):
+    """Epsilon-greedy actions (n,) and max_a Q (n,) on observations (n, 4, 84, 84); explore (n,) bool: who acts randomly."""
+    values, greedy = q_network(observations).max(1)
+    return torch.where(explore, random_actions, greedy), values
+
+
+def update(q_network, optimizer, observations, actions, returns, weights, max_grad_norm, microbatch_size):
+    """One gradient step on a minibatch: the weighted mean squared error of Q(s, a), n samples, weights (n,) summing to 1.
+
+    No layer mixes samples, so it may run in microbatches whose gradients add up. Returns (3,): loss, mean Q, gradient norm.
+    """
+    optimizer.zero_grad()
+    logs = torch.zeros(3, device=weights.device)
+    chunks = zip(*(x.split(microbatch_size) for x in (observations, actions, returns, weights)), strict=True)
+    for chunk_observations, chunk_actions, chunk_returns, chunk_weights in chunks:
+        q_values = q_network(chunk_observations).gather(1, chunk_actions.unsqueeze(1)).squeeze(1)
+        loss = (chunk_weights * (q_values - chunk_returns) ** 2).sum()
+        loss.backward()
+        logs[0] += loss.detach()
+        logs[1] += (chunk_weights * q_values.detach()).sum()
+    logs[2] = nn.utils.clip_grad_norm_(q_network.parameters(), max_grad_norm)
+    optimizer.step()
+    return logs
+
+
 def linear_schedule(start, end, duration, t):
     return end if t >= duration else start + (end - start) * t / duration
 
@@ -453,6 +484,8 @@ def load_model(path, device):
     """Reads what save_model wrote. Returns the network and the id of the game it was trained on, or fails with one line."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError
         q_network = QNetwork(len(content["weights"]["head.bias"])).to(device)
         q_network.load_state_dict(content["weights"])
         return q_network, content["args"]["env_id"]
@@ -626,11 +659,49 @@ def bfloat16_is_fast(device):
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def speed_up(q_network, precision, device):
-    """Makes the encoder compute in `precision`; weights, Q-values, targets and the optimizer stay float32."""
+def speed_up(q_network, precision, device, use_compile=False):
+    """Makes the encoder compute in `precision` and compiles; weights, Q-values, targets and optimizer stay float32."""
     if precision == "bfloat16":
         q_network.encoder.forward = torch.autocast(device.type, torch.bfloat16)(q_network.encoder.forward)
+    if use_compile:
+        q_network.compile()
     return q_network
+
+
+def compiler_is_there(device):
+    """Whether torch.compile has what it needs: Triton on CUDA, a C++ compiler on the CPU."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return any(shutil.which(compiler) for compiler in (os.environ.get("CXX") or "g++", "clang++", "cl"))
+
+
+class CUDAGraphed:
+    """Calls function(*tensors) through CUDA graphs, which launch all its kernels at once: one graph per combination of shapes,
+    recorded at its second call (the first runs plainly, which is the warm-up) and replayed from then on."""
+
+    def __init__(self, function):
+        self.function, self.graphs, self.pool, self.stream = function, {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def __call__(self, *inputs):
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in self.graphs:
+            self.graphs[shapes] = None
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                output = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return output
+        if self.graphs[shapes] is None:
+            static_inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                static_output = self.function(*static_inputs)
+            self.graphs[shapes] = graph, static_inputs, static_output
+        graph, static_inputs, static_output = self.graphs[shapes]
+        for static_input, x in zip(static_inputs, inputs, strict=True):
+            static_input.copy_(x)
+        graph.replay()
+        # All graphs share one memory pool, so the next replay may write over this output
+        return torch.utils._pytree.tree_map(torch.clone, static_output)
 
 
 if __name__ == "__main__":
@@ -642,6 +713,10 @@ if __name__ == "__main__":
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     if args.precision == "auto":
         args.precision = "bfloat16" if bfloat16_is_fast(device) else "float32"
+    if args.compile and not compiler_is_there(device):
+        print(f"--compile finds no {'Triton' if device.type == 'cuda' else 'C++ compiler'} here: running eagerly", flush=True)
+        args.compile = False
+    args.cudagraphs = args.cudagraphs and device.type == "cuda"
     args.env_threads = args.env_threads or granted_cores()
     torch.set_num_threads(args.torch_threads or granted_cores())
 
@@ -662,9 +737,15 @@ if __name__ == "__main__":
     num_actions = pools[0].num_actions
 
     # Network
-    q_network = speed_up(QNetwork(num_actions).to(device), args.precision, device)
-    old_network = speed_up(QNetwork(num_actions).to(device), args.precision, device)
-    optimizer = torch.optim.RAdam(q_network.parameters(), lr=args.learning_rate)
+    q_network = speed_up(QNetwork(num_actions).to(device), args.precision, device, args.compile)
+    old_network = speed_up(QNetwork(num_actions).to(device), args.precision, device, args.compile)
+    learning_rate = torch.tensor(args.learning_rate, device=device) if args.cudagraphs else args.learning_rate
+    optimizer = torch.optim.RAdam(q_network.parameters(), lr=learning_rate, foreach=True, capturable=args.cudagraphs)
+    act_step = partial(act, q_network)
+    microbatch_size = args.microbatch_size or (256 if device.type == "cpu" else sys.maxsize)
+    update_step = partial(update, q_network, optimizer, max_grad_norm=args.max_grad_norm, microbatch_size=microbatch_size)
+    if args.cudagraphs:
+        act_step, update_step = CUDAGraphed(act_step), CUDAGraphed(update_step)
     # Exploration and minibatches draw from one generator and reference states from another, so measuring changes no run.
     rng = torch.Generator(device).manual_seed(args.seed)
     reference_rng = torch.Generator(device).manual_seed(args.seed)
@@ -722,8 +803,13 @@ if __name__ == "__main__":
             break
         iteration += 1
         iteration_start = time.perf_counter()
+        learning_rate = args.learning_rate
         if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = (1 - global_step / args.total_timesteps) * args.learning_rate
+            learning_rate *= 1 - global_step / args.total_timesteps
+            if args.cudagraphs:  # a graph reads the tensor it was recorded with
+                optimizer.param_groups[0]["lr"].fill_(learning_rate)
+            else:
+                optimizer.param_groups[0]["lr"] = learning_rate
         measure = iteration % args.adapt_interval == 0
         if measure:
             old_network.load_state_dict(q_network.state_dict())
@@ -752,10 +838,11 @@ if __name__ == "__main__":
                         recent_returns.append(episodic_return)
                         writer.add_scalar("charts/episodic_return", episodic_return, steps[t - 1])
                         writer.add_scalar("charts/episodic_length", episodic_length, steps[t - 1])
-                values[t, group], greedy = q_network(obs[t, group]).max(1)
+                last = min(t, length - 1)  # there is no action after the last observation, only its value
+                action, values[t, group] = act_step(obs[t, group], explore[last, group], random_actions[last, group])
                 if t < length:
-                    actions[t, group] = torch.where(explore[t, group], random_actions[t, group], greedy)
-                    envs.send(actions[t, group].cpu().numpy())
+                    actions[t, group] = action
+                    envs.send(action.cpu().numpy())
                 inference_time += time.perf_counter() - start
         global_step += batch_size
 
@@ -771,24 +858,14 @@ if __name__ == "__main__":
         b_returns = returns.flatten().to(device)
         b_weights = is_transition[:length].flatten().float().to(device)
         minibatch_size = batch_size // args.num_minibatches
-        microbatch_size = args.microbatch_size or (128 if device.type == "cpu" else minibatch_size)
         epochs = args.update_epochs
         if args.scale_epochs:
             epochs = max(epochs, round(epochs * length / args.num_steps))
         logs = torch.zeros(3, device=device)  # sums of loss, mean Q-value and gradient norm over the minibatches
         for _ in range(epochs):
-            for mb_inds in torch.randperm(batch_size, generator=rng, device=device).split(minibatch_size):
-                mb_weights = b_weights[mb_inds] / b_weights[mb_inds].sum().clamp(min=1)
-                optimizer.zero_grad()
-                for i in range(0, minibatch_size, microbatch_size):
-                    inds, weights = mb_inds[i : i + microbatch_size], mb_weights[i : i + microbatch_size]
-                    q_values = q_network(b_obs[inds]).gather(1, b_actions[inds].unsqueeze(1)).squeeze(1)
-                    loss = (weights * (q_values - b_returns[inds]) ** 2).sum()
-                    loss.backward()
-                    logs[0] += loss.detach()
-                    logs[1] += (weights * q_values.detach()).sum()
-                logs[2] += nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
-                optimizer.step()
+            for inds in torch.randperm(batch_size, generator=rng, device=device).split(minibatch_size):
+                mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
+                logs += update_step(b_obs.index_select(0, inds), b_actions[inds], b_returns[inds], mb_weights)
         td_loss, mean_q_value, grad_norm = (logs / (epochs * args.num_minibatches)).tolist()
         if not math.isfinite(td_loss + grad_norm):
             writer.close()
@@ -819,7 +896,7 @@ if __name__ == "__main__":
         writer.add_scalar("abs/batch_size", batch_size, global_step)
         writer.add_scalar("abs/minibatch_size", minibatch_size, global_step)
         writer.add_scalar("charts/epsilon", float(epsilons[-1]), global_step)
-        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+        writer.add_scalar("charts/learning_rate", learning_rate, global_step)
         iteration_time = time.perf_counter() - iteration_start
         sps = batch_size / iteration_time
         writer.add_scalar("charts/SPS", sps, global_step)
