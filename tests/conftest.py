@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -38,11 +39,14 @@ def run_here(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         capsys.readouterr()
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-            code = 0
-        except SystemExit as e:
-            code = e.code or 0
+        with warnings.catch_warnings():
+            # as outside of pytest: what a library warns of in our name stands on stderr
+            warnings.showwarning = lambda message, category, *where: print(f"{category.__name__}: {message}", file=sys.stderr)
+            try:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+                code = 0
+            except SystemExit as e:
+                code = e.code or 0
         output = capsys.readouterr()
         return subprocess.CompletedProcess(arguments, code, output.out, output.err)
 

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,6 +153,16 @@ def test_tracking_without_wandb(script, run_here, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+class LeavesAFile:
+    """An object that writes a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 @scripts
 @pytest.mark.parametrize("kind", ["text", "empty", "tensor", "weights", "network", "no args", "truncated", "folder", "pickle"])
 def test_models_that_are_none(script, kind, run_here, tmp_path):
@@ -179,8 +190,8 @@ def test_models_that_are_none(script, kind, run_here, tmp_path):
         model.write_bytes(model.read_bytes()[:1_000_000])
     elif kind == "folder":
         model.mkdir()
-    elif kind == "pickle":  # code in a pickle must not run
-        torch.save({"weights": weights, "args": run_script}, model)
+    elif kind == "pickle":
+        torch.save({"weights": weights, "args": LeavesAFile(tmp_path / "the code in the pickle ran")}, model)
     result = run_here(script, "--eval-only", "--model", model)
     assert result.returncode == 2
     is_one_helpful_line(result, str(model))
