@@ -1,10 +1,12 @@
 """The learning check: after a short real training the network must know what untaught or wrongly taught ones do not.
 
-A score is no good measure of minutes: greedy policies still change from one iteration to the next, and the scores of equal short
-trainings with other seeds lie between those of a random and of a very good player. What is reliable after 100,000 steps of
-UpNDown (games cut at 200 agent steps, gamma 0.9) is the knowledge of values: over 16 games of a random player, with emulator
+A score is no good measure of minutes: greedy policies still change from one iteration to the next, and the scores of equal
+short trainings with other seeds lie between those of a random and of a very good player. What is reliable after 100,000 steps
+of UpNDown (games cut at 200 agent steps, gamma 0.9) is the knowledge of values: over 16 games of a random player, with emulator
 seeds that training did not use, Q(s, a) of the actions taken is correlated with the discounted rewards that followed.
-@@MEASURED@@
+Measured on a CPU (bfloat16): 0.58 and 0.61 with seeds 1 and 2; 0.61, 0.60 and 0.59 after 120,000 steps with seeds 1, 2 and 3.
+Learners broken on purpose, after 120,000 steps: targets of the wrong sign -0.15 (seed 1), random targets -0.01 (seed 2).
+Networks before training: 0.02, -0.02 and 0.02.
 """
 
 import numpy as np
@@ -20,7 +22,7 @@ SETTINGS = (
 
 
 def value_correlation(module, q_network, gamma=0.9, num_games=16, length=200, horizon=40):
-    """Correlation of Q(s_t, a_t) with sum_k gamma^k r_{t+k} over random play; the last `horizon` steps only serve as future."""
+    """Correlation of Q(s_t, a_t) with sum_k gamma^k r_{t+k} over random play; the last `horizon` steps only are future."""
     envs = module.AtariEnvs("UpNDown-v5", module.env_seeds(5, num_games, evaluation=True), 1, max_episode_steps=length)
     rng = np.random.default_rng(0)
     observations = envs.reset()
