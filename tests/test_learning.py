@@ -2,7 +2,7 @@
 
 A score is no good measure of minutes: greedy policies still change from one iteration to the next, and the scores of equal
 short trainings with other seeds lie between those of a random and of a very good player. What is reliable after 100,000 steps
-of UpNDown (games cut at 200 agent steps, gamma 0.9) is the knowledge of values: over 16 games of a random player, with emulator
+of UpNDown (games cut at 200 agent steps, gamma 0.9) is the knowledge of values: in 16 games of a random player, with emulator
 seeds that training did not use, Q(s, a) of the actions taken is correlated with the discounted rewards that followed.
 Measured on a CPU (bfloat16): 0.58 and 0.61 with seeds 1 and 2; 0.61, 0.60 and 0.59 after 120,000 steps with seeds 1, 2 and 3.
 Learners broken on purpose, after 120,000 steps: targets of the wrong sign -0.15 (seed 1), random targets -0.01 (seed 2).
