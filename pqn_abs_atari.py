@@ -872,7 +872,7 @@ if __name__ == "__main__":
             fail(f"the loss is no longer finite at step {global_step}; a lower --learning-rate may help ({run_dir})", code=1)
 
         # Adaptive Batch Scaling: how many greedy actions did this iteration change, and how long should the next rollouts be?
-        if measure:
+        if measure and b_weights.any():  # a rollout of reset steps alone has no states
             states = b_weights.nonzero().squeeze(1)
             states = states[torch.randperm(len(states), generator=reference_rng, device=device)][: args.reference_batch_size]
             new_actions, old_actions = greedy_actions(q_network, b_obs[states]), greedy_actions(old_network, b_obs[states])
