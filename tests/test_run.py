@@ -238,7 +238,9 @@ def test_no_evaluation(start):
 
 def test_a_rollout_of_nothing_but_resets(script, tmp_path):
     """One game and rollouts of one step: the reset after the time limit leaves no state to measure, and the run goes on."""
-    flags = "--env-id Pong-v5 --num-envs 1 --rollout-length-min 1 --rollout-length-max 1 --num-minibatches 1 --adapt-interval 1"
+    flags = (
+        "--env-id Pong-v5 --num-envs 1 --rollout-length-min 1 --rollout-length-max 1 --num-minibatches 1 --adapt-interval 1"
+    )
     limits = "--max-episode-steps 10 --total-timesteps 30 --eval-episodes 0"
     result = run_script(script, *flags.split(), *limits.split(), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
