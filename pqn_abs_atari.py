@@ -296,13 +296,22 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
     return layer
 
 
+class PixelConv2d(nn.Conv2d):
+    """Convolution of pixels 0..255 (uint8) as if scaled to [0, 1]: it divides the weights instead, which costs nothing."""
+
+    def forward(self, x):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        return self._conv_forward(x.to(dtype), self.weight / 255, self.bias)
+
+
 class QNetwork(nn.Module):
     """Nature CNN with LayerNorm. Observations (batch, 4, 84, 84) uint8 to Q-values (batch, num_actions) float32."""
 
     def __init__(self, num_actions):
         super().__init__()
         self.encoder = nn.Sequential(
-            layer_init(nn.Conv2d(4, 32, 8, stride=4)),
+            layer_init(PixelConv2d(4, 32, 8, stride=4)),
             nn.LayerNorm([32, 20, 20]),
             nn.ReLU(),
             layer_init(nn.Conv2d(32, 64, 4, stride=2)),
@@ -320,7 +329,7 @@ class QNetwork(nn.Module):
 
     def forward(self, x):
         # The head is float32 whatever the encoder's precision: Q-values rounded to bfloat16 tie, and ties hide divergence.
-        return self.head(self.encoder(x / 255.0).float())
+        return self.head(self.encoder(x).float())
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

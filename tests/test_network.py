@@ -77,6 +77,19 @@ def test_initialisation(script):
 
 
 @scripts
+def test_pixels_count_from_0_to_1(script):
+    """The first layer sees pixels / 255: an ordinary convolution of scaled pixels gives the same output and gradient."""
+    first, obs = next(m for m in network(script).modules() if isinstance(m, torch.nn.Conv2d)), frames(4)
+    plain = torch.nn.Conv2d(4, first.out_channels, 8, stride=4)
+    plain.load_state_dict(first.state_dict())
+    output, expected = first(obs), plain(obs / 255)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    output.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(first.weight.grad, plain.weight.grad, rtol=1e-3, atol=1e-2)
+
+
+@scripts
 def test_samples_do_not_mix(script):
     """A sample's Q-values do not depend on its companions, or micro-batches would not add up; no dropout, no batch norm."""
     q_network, obs = network(script), frames(8)
