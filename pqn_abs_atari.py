@@ -23,7 +23,7 @@ behavioral divergence, the share of states whose greedy action one iteration cha
     python pqn_abs_atari.py --env-id Breakout-v5                      # ABS, the published settings
     python pqn_abs_atari.py --env-id Pong-v5 --no-adapt-rollout       # the fixed-batch baseline
     python pqn_abs_atari.py --eval-only --model runs/<run>/model.pt   # evaluate a trained model
-    tensorboard --logdir runs                                         # curves
+    tensorboard --logdir runs
 
 A run leaves TensorBoard events, args.json, model.pt and eval.json in runs/<run>/. A step is one agent step (4 frames).
 """
@@ -143,6 +143,8 @@ class Args:
     """number of states of the rollout on which divergence is measured, M (the whole batch if that is smaller)"""
     scale_epochs: bool = False
     """if toggled, epochs grow with the rollout so that gradient steps per sample stay level"""
+    log_noise_scale: bool = False
+    """if toggled, the gradient noise scale is measured and logged beside the divergence (one more epoch of gradients each)"""
 
     # Evaluation
     eval_episodes: int = 100
@@ -392,35 +394,60 @@ def q_lambda_returns(rewards, terminations, dones, next_values, gamma, q_lambda)
     return returns
 
 
+def gradient_noise_scale(gradients, minibatch_size):
+    """Noise and signal of a gradient, two floats (McCandlish et al., arXiv 1812.06162); noise / signal is B_simple.
+
+    gradients (m, num_parameters) are those of m >= 2 disjoint minibatches of minibatch_size samples at the same parameters.
+    Noise estimates the trace of the covariance of one sample's gradient, signal the squared norm of the expected gradient.
+    Both are unbiased, so signal can be zero or negative where noise dominates. ValueError for fewer than two gradients.
+    """
+    gradients = torch.stack(list(gradients))
+    if len(gradients) < 2:
+        raise ValueError("need the gradients of at least two minibatches")
+    mean = gradients.mean(0)
+    noise = minibatch_size * float((gradients - mean).square().sum()) / (len(gradients) - 1)
+    return noise, float(mean.square().sum()) - noise / (len(gradients) * minibatch_size)
+
+
 @torch.no_grad()
-def greedy_actions(q_network, observations):
+def greedy_actions(network, observations):
     """Greedy actions (M,) on observations (M, 4, 84, 84)."""
-    return torch.cat([q_network(chunk).argmax(1) for chunk in observations.split(256)])
+    return torch.cat([network(chunk).argmax(1) for chunk in observations.split(256)])
 
 
-def act(q_network, observations, explore, random_actions):
+def act(network, observations, explore, random_actions):
     """Epsilon-greedy actions (n,) and max_a Q (n,) on observations (n, 4, 84, 84); explore (n,) bool: who acts randomly."""
-    values, greedy = q_network(observations).max(1)
+    values, greedy = network(observations).max(1)
     return torch.where(explore, random_actions, greedy), values
 
 
-def update(q_network, optimizer, observations, actions, returns, weights, max_grad_norm, microbatch_size):
-    """One gradient step on a minibatch: the weighted mean squared error of Q(s, a), n samples, weights (n,) summing to 1.
+# What update returns, the names in the logs
+LOSSES = ("td_loss", "q_values", "grad_norm")
 
-    No layer mixes samples, so it may run in microbatches whose gradients add up. Returns (3,): loss, mean Q, gradient norm.
+
+def compute_gradient(network, observations, actions, returns, weights, microbatch_size):
+    """Gradient of a minibatch's loss, the weighted mean squared error of Q(s, a): n samples, weights (n,) summing to 1.
+
+    No layer mixes samples, so it may run in microbatches whose gradients add up. Returns (2,): loss and mean Q.
     """
-    optimizer.zero_grad()
-    logs = torch.zeros(3, device=weights.device)
+    network.zero_grad()
+    logs = torch.zeros(2, device=weights.device)
     chunks = zip(*(x.split(microbatch_size) for x in (observations, actions, returns, weights)), strict=True)
     for chunk_observations, chunk_actions, chunk_returns, chunk_weights in chunks:
-        q_values = q_network(chunk_observations).gather(1, chunk_actions.unsqueeze(1)).squeeze(1)
+        q_values = network(chunk_observations).gather(1, chunk_actions.unsqueeze(1)).squeeze(1)
         loss = (chunk_weights * (q_values - chunk_returns) ** 2).sum()
         loss.backward()
         logs[0] += loss.detach()
         logs[1] += (chunk_weights * q_values.detach()).sum()
-    logs[2] = nn.utils.clip_grad_norm_(q_network.parameters(), max_grad_norm)
-    optimizer.step()
     return logs
+
+
+def update(network, optimizer, *minibatch, max_grad_norm, microbatch_size):
+    """One gradient step on a minibatch, as compute_gradient takes it. Returns what it returns and the gradient's norm."""
+    logs = compute_gradient(network, *minibatch, microbatch_size)
+    grad_norm = nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
+    optimizer.step()
+    return torch.cat([logs, grad_norm.unsqueeze(0)])
 
 
 def linear_schedule(start, end, duration, t):
@@ -433,7 +460,7 @@ def linear_schedule(start, end, duration, t):
 
 
 @torch.no_grad()
-def evaluate(q_network, env_id, episodes, epsilon, seed, device, num_threads=0, max_episode_steps=27000, sticky=0.0):
+def evaluate(network, env_id, episodes, epsilon, seed, device, num_threads=0, max_episode_steps=27000, sticky=0.0):
     """Plays full games with the (epsilon-)greedy policy and returns a dict of statistics of their raw scores.
 
     Up to 128 games run in parallel. Each environment plays exactly its share of the games, because the first `episodes` games
@@ -449,7 +476,7 @@ def evaluate(q_network, env_id, episodes, epsilon, seed, device, num_threads=0, 
     games, last_log = [], time.time()
     observations, active = envs.reset(), np.arange(num_envs, dtype=np.int32)
     while True:
-        actions = q_network(torch.from_numpy(observations).to(device)).argmax(1).cpu().numpy()
+        actions = network(torch.from_numpy(observations).to(device)).argmax(1).cpu().numpy()
         explore = rng.random(len(active)) < epsilon
         actions[explore] = rng.integers(envs.num_actions, size=explore.sum())
         envs.send(actions, active)
@@ -482,9 +509,9 @@ def evaluate(q_network, env_id, episodes, epsilon, seed, device, num_threads=0, 
     }
 
 
-def save_model(q_network, args, global_step, path):
+def save_model(network, args, global_step, path):
     """Writes weights, arguments and agent steps so far; beside and then renamed, so that no crash leaves half a file."""
-    content = {"weights": q_network.state_dict(), "args": dataclasses.asdict(args), "global_step": global_step}
+    content = {"weights": network.state_dict(), "args": dataclasses.asdict(args), "global_step": global_step}
     torch.save(content, f"{path}.part")
     os.replace(f"{path}.part", path)
 
@@ -495,9 +522,9 @@ def load_model(path, device):
         content = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(content, dict):
             raise TypeError
-        q_network = QNetwork(len(content["weights"]["head.bias"])).to(device)
-        q_network.load_state_dict(content["weights"])
-        return q_network, content["args"]["env_id"]
+        network = QNetwork(len(content["weights"]["head.bias"])).to(device)
+        network.load_state_dict(content["weights"])
+        return network, content["args"]["env_id"]
     except Exception as e:
         reason = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else "not a model of this script"
         fail(f"cannot use --model {path!r} ({reason}); give the model.pt that a run of {Path(__file__).name} left")
@@ -522,7 +549,7 @@ def write_json(path, content):
 
 
 @torch.no_grad()
-def record_video(q_network, env_id, episodes, epsilon, seed, device, folder, max_episode_steps=27000, sticky=0.0):
+def record_video(network, env_id, episodes, epsilon, seed, device, folder, max_episode_steps=27000, sticky=0.0):
     """Records full games in colour as mp4 files in `folder`, through ale-py and Gymnasium's wrappers instead of EnvPool: an
     independent second view of the preprocessing. Returns the raw score of each game."""
     import ale_py
@@ -540,7 +567,7 @@ def record_video(q_network, env_id, episodes, epsilon, seed, device, folder, max
         observation, _ = env.reset(seed=env_seeds(seed, episodes, evaluation=True)[episode])
         score, done, first = 0.0, False, True
         while not done:
-            action = int(q_network(torch.from_numpy(observation[None]).to(device)).argmax())
+            action = int(network(torch.from_numpy(observation[None]).to(device)).argmax())
             if rng.random() < epsilon:
                 action = int(rng.integers(env.action_space.n))
             if first and fire_on_reset:
@@ -552,19 +579,19 @@ def record_video(q_network, env_id, episodes, epsilon, seed, device, folder, max
     return returns
 
 
-def evaluate_and_record(q_network, args, device, run_dir):
+def evaluate_and_record(network, args, device, run_dir):
     """The end of a run, and all of --eval-only: evaluation, video and eval.json. Returns what evaluate() does."""
     settings = (args.eval_epsilon, args.seed, device)
     limits = (args.max_episode_steps, args.sticky_action_probability)
     statistics = {}
     if args.eval_episodes:
         print(f"evaluating {args.eval_episodes} games of {args.env_id} with epsilon {args.eval_epsilon}", flush=True)
-        statistics = evaluate(q_network, args.env_id, args.eval_episodes, *settings, args.env_threads, *limits)
+        statistics = evaluate(network, args.env_id, args.eval_episodes, *settings, args.env_threads, *limits)
         write_json(run_dir / "eval.json", statistics)
         rounded = {name: round(value, 3) for name, value in statistics.items() if isinstance(value, float)}
         print(", ".join(f"{name} {value}" for name, value in rounded.items()) + f": {run_dir / 'eval.json'}", flush=True)
     if args.capture_video:
-        scores = record_video(q_network, args.env_id, args.video_episodes, *settings, run_dir / "videos", *limits)
+        scores = record_video(network, args.env_id, args.video_episodes, *settings, run_dir / "videos", *limits)
         print(f"recorded {args.video_episodes} games with scores {scores}: {run_dir / 'videos'}")
     return statistics
 
@@ -651,6 +678,8 @@ def check_args(args):
         fail("--eval-only needs --eval-episodes of 1 or more")
     if args.eval_only and Path(args.model).is_file() and not os.access(Path(args.model).parent, os.W_OK):
         fail(f"--eval-only writes eval.json beside the model, but {Path(args.model).parent} is read-only; copy the model")
+    if args.log_noise_scale and args.num_minibatches < 2:
+        fail(f"--log-noise-scale compares minibatches; use --num-minibatches 2 or more, not {args.num_minibatches}")
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track needs Weights & Biases, which is not installed; run `pip install wandb` or leave --track out")
 
@@ -668,13 +697,13 @@ def bfloat16_is_fast(device):
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def speed_up(q_network, precision, device, use_compile=False):
+def speed_up(network, precision, device, use_compile=False):
     """Makes the encoder compute in `precision` and compiles; weights, Q-values, targets and optimizer stay float32."""
     if precision == "bfloat16":
-        q_network.encoder.forward = torch.autocast(device.type, torch.bfloat16)(q_network.encoder.forward)
+        network.encoder.forward = torch.autocast(device.type, torch.bfloat16)(network.encoder.forward)
     if use_compile:
-        q_network.compile()
-    return q_network
+        network.compile()
+    return network
 
 
 def compiler_is_there(device):
@@ -730,11 +759,11 @@ if __name__ == "__main__":
     torch.set_num_threads(args.torch_threads or granted_cores())
 
     if args.eval_only:
-        q_network, model_env_id = load_model(args.model, device)
+        network, model_env_id = load_model(args.model, device)
         if args.env_id not in (Args.env_id, model_env_id):
             fail(f"--model {args.model} was trained on {model_env_id}, not on {args.env_id}; leave --env-id out")
         args.env_id = model_env_id
-        evaluate_and_record(speed_up(q_network, args.precision, device), args, device, Path(args.model).parent)
+        evaluate_and_record(speed_up(network, args.precision, device), args, device, Path(args.model).parent)
         sys.exit()
 
     # Environments, in groups (pools) of which one is emulated while the network acts for another
@@ -746,16 +775,17 @@ if __name__ == "__main__":
     num_actions = pools[0].num_actions
 
     # Network
-    q_network = speed_up(QNetwork(num_actions).to(device), args.precision, device, args.compile)
+    network = speed_up(QNetwork(num_actions).to(device), args.precision, device, args.compile)
     old_network = speed_up(QNetwork(num_actions).to(device), args.precision, device, args.compile)
     learning_rate = torch.tensor(args.learning_rate, device=device) if args.cudagraphs else args.learning_rate
-    optimizer = torch.optim.RAdam(q_network.parameters(), lr=learning_rate, foreach=True, capturable=args.cudagraphs)
-    act_step = partial(act, q_network)
+    optimizer = torch.optim.RAdam(network.parameters(), lr=learning_rate, foreach=True, capturable=args.cudagraphs)
+    act_step = partial(act, network)
     microbatch_size = args.microbatch_size or (256 if device.type == "cpu" else sys.maxsize)
-    update_step = partial(update, q_network, optimizer, max_grad_norm=args.max_grad_norm, microbatch_size=microbatch_size)
+    gradient_step = partial(compute_gradient, network, microbatch_size=microbatch_size)
+    update_step = partial(update, network, optimizer, max_grad_norm=args.max_grad_norm, microbatch_size=microbatch_size)
     if args.cudagraphs:
         act_step, update_step = CUDAGraphed(act_step), CUDAGraphed(update_step)
-    # Exploration and minibatches draw from one generator and reference states from another, so measuring changes no run.
+    # Training draws from one generator and measuring from another, so measuring changes no run.
     rng = torch.Generator(device).manual_seed(args.seed)
     reference_rng = torch.Generator(device).manual_seed(args.seed)
 
@@ -763,6 +793,7 @@ if __name__ == "__main__":
     length_min, length_max, length_multiple = rollout_range(args)
     rollout_length = float(length_min)  # stays a float, or smoothing would freeze short of its target
     divergences = deque(maxlen=args.divergence_window)
+    noise_scales = deque(maxlen=args.divergence_window)  # (noise, signal)
     num_measurements = 0
 
     # Run folder and logs
@@ -770,7 +801,7 @@ if __name__ == "__main__":
     shortest, longest = (round_rollout_length(n, length_min, length_max, length_multiple) for n in (length_min, length_max))
     print(
         f"{args.env_id} on {device.type} ({args.precision}, {torch.get_num_threads()} PyTorch and {args.env_threads} emulator "
-        f"threads), {sum(p.numel() for p in q_network.parameters()):,} parameters, batches of {args.num_envs * shortest:,} to "
+        f"threads), {sum(p.numel() for p in network.parameters()):,} parameters, batches of {args.num_envs * shortest:,} to "
         f"{args.num_envs * longest:,} samples in multiples of {args.num_envs * length_multiple:,}: {run_dir}",
         flush=True,
     )
@@ -821,7 +852,7 @@ if __name__ == "__main__":
                 optimizer.param_groups[0]["lr"] = learning_rate
         measure = iteration % args.adapt_interval == 0
         if measure:
-            old_network.load_state_dict(q_network.state_dict())
+            old_network.load_state_dict(network.state_dict())
 
         # Rollout: step t acts on obs[t] and receives obs[t + 1]; the last pass only takes the values to bootstrap from
         obs[0] = obs[previous_length]
@@ -856,35 +887,50 @@ if __name__ == "__main__":
         global_step += batch_size
 
         # Targets, once per rollout: s_{t+1} is obs[t + 1] also where the episode ended, since EnvPool resets a step later
+        ends = terminations[:length], dones[:length]
         next_values = values[1 : length + 1].cpu()
-        returns = q_lambda_returns(
-            rewards[:length], terminations[:length], dones[:length], next_values, args.gamma, args.q_lambda
-        )
+        returns = q_lambda_returns(rewards[:length], *ends, next_values, args.gamma, args.q_lambda)
 
         # Update: reset steps have weight 0, and the loss is the mean over the others
         b_obs = obs[:length].flatten(0, 1)
-        b_actions = actions[:length].flatten()
-        b_returns = returns.flatten().to(device)
+        batch = (b_obs, actions[:length].flatten(), returns.flatten().to(device))
         b_weights = is_transition[:length].flatten().float().to(device)
         minibatch_size = batch_size // args.num_minibatches
         epochs = args.update_epochs
         if args.scale_epochs:
             epochs = max(epochs, round(epochs * length / args.num_steps))
-        logs = torch.zeros(3, device=device)  # sums of loss, mean Q-value and gradient norm over the minibatches
+
+        # The gradient noise scale, the rival signal, needs the gradients of an epoch's minibatches at unchanged parameters
+        if measure and args.log_noise_scale and b_weights.any():
+            start, gradients = time.perf_counter(), []
+            for inds in torch.randperm(batch_size, generator=reference_rng, device=device).split(minibatch_size):
+                mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
+                gradient_step(*(x.index_select(0, inds) for x in batch), mb_weights)
+                gradients.append(nn.utils.parameters_to_vector(p.grad for p in network.parameters()))
+            noise_scales.append(gradient_noise_scale(gradients, float(b_weights.sum()) / args.num_minibatches))
+            noise, signal = np.mean(noise_scales, axis=0)
+            b_simple = noise / signal if signal > 0 else math.inf  # a ratio of means, not a mean of ratios
+            writer.add_scalar("gns/noise", noise_scales[-1][0], global_step)
+            writer.add_scalar("gns/signal", noise_scales[-1][1], global_step)
+            writer.add_scalar("gns/b_simple", b_simple, global_step)
+            writer.add_scalar("time/noise_scale", time.perf_counter() - start, global_step)
+
+        logs = torch.zeros(len(LOSSES), device=device)
         for _ in range(epochs):
             for inds in torch.randperm(batch_size, generator=rng, device=device).split(minibatch_size):
                 mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
-                logs += update_step(b_obs.index_select(0, inds), b_actions[inds], b_returns[inds], mb_weights)
-        td_loss, mean_q_value, grad_norm = (logs / (epochs * args.num_minibatches)).tolist()
-        if not math.isfinite(td_loss + grad_norm):
+                logs += update_step(*(x.index_select(0, inds) for x in batch), mb_weights)
+        losses = (logs / (epochs * args.num_minibatches)).tolist()
+        if not math.isfinite(sum(losses)):
             writer.close()
             fail(f"the loss is no longer finite at step {global_step}; a lower --learning-rate may help ({run_dir})", code=1)
 
         # Adaptive Batch Scaling: how many greedy actions did this iteration change, and how long should the next rollouts be?
         if measure and b_weights.any():  # a rollout of reset steps alone has no states
+            start = time.perf_counter()
             states = b_weights.nonzero().squeeze(1)
             states = states[torch.randperm(len(states), generator=reference_rng, device=device)][: args.reference_batch_size]
-            new_actions, old_actions = greedy_actions(q_network, b_obs[states]), greedy_actions(old_network, b_obs[states])
+            new_actions, old_actions = greedy_actions(network, b_obs[states]), greedy_actions(old_network, b_obs[states])
             divergences.append(behavioral_divergence(new_actions, old_actions))
             num_measurements += 1
             mean_divergence = sum(divergences) / len(divergences)
@@ -897,10 +943,10 @@ if __name__ == "__main__":
             rollout_length = (1 - args.rollout_smoothing) * rollout_length + args.rollout_smoothing * target
             writer.add_scalar("abs/divergence", divergences[-1], global_step)
             writer.add_scalar("abs/divergence_mean", mean_divergence, global_step)
+            writer.add_scalar("time/divergence", time.perf_counter() - start, global_step)
 
-        writer.add_scalar("losses/td_loss", td_loss, global_step)
-        writer.add_scalar("losses/q_values", mean_q_value, global_step)
-        writer.add_scalar("losses/grad_norm", grad_norm, global_step)
+        for name, loss in zip(LOSSES, losses, strict=True):
+            writer.add_scalar(f"losses/{name}", loss, global_step)
         writer.add_scalar("abs/rollout_length", length, global_step)
         writer.add_scalar("abs/batch_size", batch_size, global_step)
         writer.add_scalar("abs/minibatch_size", minibatch_size, global_step)
@@ -930,9 +976,9 @@ if __name__ == "__main__":
     bar.close()
     for envs in pools:
         envs.close()
-    save_model(q_network, args, global_step, run_dir / "model.pt")
+    save_model(network, args, global_step, run_dir / "model.pt")
     print(f"trained {global_step:,} steps in {time.time() - start_time:.0f} s: {run_dir / 'model.pt'}", flush=True)
-    for name, value in evaluate_and_record(q_network, args, device, run_dir).items():
+    for name, value in evaluate_and_record(network, args, device, run_dir).items():
         if isinstance(value, float):
             writer.add_scalar(f"eval/{name}", value, global_step)
     writer.close()

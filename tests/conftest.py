@@ -12,7 +12,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["pqn_abs_atari.py"]
+SCRIPTS = ["pqn_abs_atari.py", "pqn_l_abs_atari.py", "pqn_xl_abs_atari.py", "ppo_abs_atari.py", "gns_batch_atari.py"]
+# L and XL are pqn_abs_atari.py with another network, word for word (test_twins.py), so slow tests leave them out.
+DISTINCT = ["pqn_abs_atari.py", "ppo_abs_atari.py", "gns_batch_atari.py"]
 
 torch.set_num_threads(1)  # the tensors are small, and the machine may be shared
 sys.path.insert(0, str(ROOT))

@@ -151,5 +151,8 @@ def test_published_settings(script):
     args = script.Args()
     assert script.rollout_range(args) == (args.rollout_length_min, args.rollout_length_max, 4)
     assert (args.num_envs, args.num_steps, args.rollout_length_min, args.num_minibatches) == (128, 32, 16, 4)
-    assert (args.divergence_min, args.divergence_max, args.schedule, args.adapt_interval) == (0.05, 0.95, "log", 50)
+    longest = 128 if script.__name__ in ("pqn_l_abs_atari", "pqn_xl_abs_atari") else 64
+    assert (args.rollout_length_max, args.schedule, args.adapt_interval) == (longest, "log", 50)
+    if script.__name__.startswith("pqn"):
+        assert (args.divergence_min, args.divergence_max) == (0.05, 0.95)
     assert (args.rollout_smoothing, args.gamma, args.total_timesteps) == (0.1, 0.99, 20_000_000)

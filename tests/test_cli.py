@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODULES, ROOT, SCRIPTS, run_script
+from conftest import DISTINCT, MODULES, ROOT, SCRIPTS, run_script
 
 scripts = pytest.mark.parametrize("script", SCRIPTS)
+distinct_scripts = pytest.mark.parametrize("script", DISTINCT)
 
 BAD_ARGUMENTS = [
     # unknown games name the nearest ones, what is no game says so
@@ -94,7 +95,7 @@ def is_one_helpful_line(result, hint):
     assert "Traceback" not in result.stderr and not result.stdout.strip()
 
 
-@scripts
+@distinct_scripts
 @pytest.mark.parametrize("arguments, hint", BAD_ARGUMENTS, ids=[a for a, _ in BAD_ARGUMENTS])
 def test_bad_arguments(script, arguments, hint, run_here, tmp_path):
     """One line on stderr that names the flag and the way out, exit code 2, and nothing left on disk."""
@@ -107,7 +108,7 @@ def test_bad_arguments(script, arguments, hint, run_here, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@scripts
+@distinct_scripts
 @pytest.mark.parametrize("arguments", ["--no-such-flag 1", "--num-env 8", "-x", "stray"])
 def test_unknown_flags(script, arguments, run_here, tmp_path):
     """A mistyped flag is named, never ignored."""
@@ -120,7 +121,7 @@ def test_unknown_flags(script, arguments, run_here, tmp_path):
 OFTEN = [BAD_ARGUMENTS[0], ("--gamma 1.01", "--gamma 1.01"), ("--num-envs many", "num-envs")]
 
 
-@scripts
+@distinct_scripts
 @pytest.mark.parametrize("arguments, hint", OFTEN, ids=[a for a, _ in OFTEN])
 def test_bad_arguments_in_a_process_of_their_own(script, arguments, hint, tmp_path):
     """The same as a user sees it, including what libraries print at import or at exit."""
@@ -130,7 +131,7 @@ def test_bad_arguments_in_a_process_of_their_own(script, arguments, hint, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-@scripts
+@distinct_scripts
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_where_there_is_none(script, run_here, tmp_path):
     """--device cuda says that there is none instead of training on the CPU unasked."""
@@ -140,7 +141,7 @@ def test_cuda_where_there_is_none(script, run_here, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@scripts
+@distinct_scripts
 def test_tracking_without_wandb(script, run_here, tmp_path, monkeypatch):
     """--track says how to install Weights & Biases where it is missing."""
     import importlib.util
@@ -163,7 +164,7 @@ class LeavesAFile:
         return Path.touch, (self.path,)
 
 
-@scripts
+@distinct_scripts
 @pytest.mark.parametrize("kind", ["text", "empty", "tensor", "weights", "network", "no args", "truncated", "folder", "pickle"])
 def test_models_that_are_none(script, kind, run_here, tmp_path):
     """A file that is no model of this script is named in one line, and nothing is written beside it."""
@@ -198,7 +199,7 @@ def test_models_that_are_none(script, kind, run_here, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
 
-@scripts
+@distinct_scripts
 def test_model_of_another_game(script, run_here, tmp_path):
     """--eval-only plays the game of the model; asking for another one is refused."""
     module = MODULES[script]
@@ -235,7 +236,7 @@ def test_every_argument_is_documented(script):
         assert isinstance(text, str) and len(text.split()) >= 3, f"{field.target.id} has no docstring"
 
 
-@scripts
+@distinct_scripts
 def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path):
     """A run that diverges says when and stops; its arguments and curves stay, a useless model is not saved."""
     size = "--num-envs 4 --rollout-length-min 4 --rollout-length-max 4 --num-minibatches 2 --total-timesteps 4000".split()

@@ -4,11 +4,11 @@ import envpool
 import numpy as np
 import pytest
 import torch
-from conftest import MODULES, SCRIPTS
+from conftest import DISTINCT, MODULES
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_targets import forward_view
 
-scripts = pytest.mark.parametrize("script", [name for name in SCRIPTS if hasattr(MODULES[name], "q_lambda_returns")])
+scripts = pytest.mark.parametrize("script", [name for name in DISTINCT if hasattr(MODULES[name], "q_lambda_returns")])
 PLAIN = (
     "--num-envs 4 --num-minibatches 1 --update-epochs 1 --eval-episodes 0 --precision float32 --device cpu --env-pools 1 "
     "--torch-threads 1 --env-threads 1"

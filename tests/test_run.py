@@ -7,7 +7,7 @@ import shutil
 import cv2
 import pytest
 import torch
-from conftest import MODULES, SCRIPTS, run_script
+from conftest import DISTINCT, MODULES, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TINY = (
@@ -48,7 +48,7 @@ def same_weights(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.weights().values(), b.weights().values(), strict=True))
 
 
-@pytest.fixture(scope="session", params=SCRIPTS)
+@pytest.fixture(scope="session", params=DISTINCT)
 def script(request):
     return request.param
 

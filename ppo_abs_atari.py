@@ -1,0 +1,1020 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "ale-py==0.12.1",
+#   "envpool==1.2.5",
+#   "gymnasium==1.4.0",
+#   "moviepy==2.2.1",
+#   "numpy==2.4.6",
+#   "opencv-python-headless==5.0.0.93",
+#   "tensorboard==2.21.0",
+#   "torch==2.13.0",
+#   "tqdm==4.70.1",
+#   "tyro==1.0.17",
+# ]
+# ///
+"""PPO with Adaptive Batch Scaling (ABS) on Atari, in one file.
+
+PPO (Schulman et al., arXiv 1707.06347) with the settings of CleanRL, except that ABS (Park, arXiv 2605.21557) changes the
+rollout's length, and with it the batch, as training goes on: short while the policy still moves, long once it has settled. How
+much it moves is the KL divergence KL(old || new) of the action distributions that one iteration makes.
+
+@@KL
+
+    python ppo_abs_atari.py --env-id Breakout-v5                      # ABS, the published settings
+    python ppo_abs_atari.py --env-id Pong-v5 --no-adapt-rollout       # the fixed-batch baseline
+    python ppo_abs_atari.py --eval-only --model runs/<run>/model.pt   # evaluate a trained model
+    tensorboard --logdir runs
+
+A run leaves TensorBoard events, args.json, model.pt and eval.json in runs/<run>/. A step is one agent step (4 frames).
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import envpool
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """the name of this experiment, part of the run's folder name"""
+    seed: int = 1
+    """seed of network, actions, minibatches and games"""
+    torch_deterministic: bool = True
+    """if toggled, cuDNN uses deterministic algorithms only (a CPU run always repeats bit for bit)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the network runs; auto takes CUDA where there is one"""
+    track: bool = False
+    """if toggled, the run is also sent to Weights & Biases (needs `pip install wandb`)"""
+    wandb_project_name: str = "adaptive-batch-scaling"
+    """the Weights & Biases project"""
+    wandb_entity: str = ""
+    """the Weights & Biases entity (team); empty is your default one"""
+    capture_video: bool = False
+    """if toggled, the trained policy is recorded in colour to runs/<run>/videos (mp4)"""
+    video_episodes: int = 3
+    """number of games to record with --capture-video"""
+
+    # Environment
+    env_id: str = "Breakout-v5"
+    """the EnvPool id of the Atari game"""
+    num_envs: int = 128
+    """number of parallel games, E"""
+    episodic_life: bool = False
+    """if toggled, losing a life ends the episode in training (scores still count the whole game)"""
+    sticky_action_probability: float = 0.0
+    """probability that the game repeats the previous action instead of the chosen one"""
+    max_episode_steps: int = 27000
+    """time limit of one game in agent steps (27,000 are 108,000 frames)"""
+
+    # PPO
+    total_timesteps: int = 20_000_000
+    """length of training in agent steps over all environments; no rollout is begun that would exceed it"""
+    learning_rate: float = 2.5e-4
+    """learning rate of Adam"""
+    anneal_lr: bool = True
+    """if toggled, the learning rate falls linearly to 0 over the agent steps"""
+    num_steps: int = 32
+    """rollout length in steps per environment when it is not adapted, and the base length of --scale-epochs"""
+    gamma: float = 0.99
+    """discount factor per agent step"""
+    gae_lambda: float = 0.95
+    """lambda of the generalized advantages"""
+    num_minibatches: int = 4
+    """minibatches per epoch"""
+    update_epochs: int = 4
+    """passes over each rollout"""
+    norm_adv: bool = True
+    """if toggled, advantages are normalised to mean 0 and standard deviation 1 in each minibatch"""
+    clip_coef: float = 0.1
+    """the probability ratio, and with --clip-vloss the value's change, is clipped to this"""
+    clip_vloss: bool = True
+    """if toggled, the value loss is clipped as well"""
+    ent_coef: float = 0.01
+    """coefficient of the entropy bonus"""
+    vf_coef: float = 0.5
+    """coefficient of the value loss"""
+    max_grad_norm: float = 0.5
+    """gradients are clipped to this norm"""
+
+    # Adaptive Batch Scaling
+    adapt_rollout: bool = True
+    """if toggled off, every rollout has num-steps steps: the fixed-batch baseline (KL is still measured)"""
+    adapt_signal: Literal["kl", "time"] = "kl"
+    """what sets the target length: KL divergence, or the open-loop control that grows linearly with the steps"""
+    rollout_length_min: int = 16
+    """shortest rollout in steps per environment, L_min; also the first one"""
+    rollout_length_max: int = 64
+    """longest rollout in steps per environment, L_max"""
+    adapt_interval: int = 50
+    """measure KL and adapt the length every so many iterations, K"""
+    kl_min: float = 0.001
+    """KL(old || new) in nats at or below which the target is L_max"""
+    kl_max: float = 0.1
+    """KL(old || new) in nats at or above which the target is L_min"""
+    schedule: Literal["log", "linear", "exp"] = "log"
+    """how the target falls from L_max to L_min between the two KLs"""
+    rollout_smoothing: float = 0.1
+    """share of the way to the target that one adaptation goes, in (0, 1]"""
+    divergence_window: int = 20
+    """the rule is fed the mean of this many latest measurements"""
+    divergence_warmup: int = 10
+    """the length stays at L_min until this many measurements exist"""
+    reference_batch_size: int = 2048
+    """number of states of the rollout on which KL is measured, M (the whole batch if that is smaller)"""
+    scale_epochs: bool = False
+    """if toggled, epochs grow with the rollout so that gradient steps per sample stay level"""
+    log_noise_scale: bool = False
+    """if toggled, the gradient noise scale is measured and logged beside KL (one more epoch of gradients each)"""
+
+    # Evaluation
+    eval_episodes: int = 100
+    """number of full games that the trained policy plays; 0 skips the evaluation"""
+    eval_greedy: bool = False
+    """if toggled, evaluation and videos take the most likely action instead of sampling from the policy"""
+    eval_only: bool = False
+    """if toggled, evaluate --model (on the game it was trained on) and exit; eval.json beside the model is written anew"""
+    model: str = ""
+    """path of the model.pt for --eval-only"""
+
+    # Speed
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """arithmetic of the convolutions and matrix products; auto is bfloat16 where the hardware has it, else float32"""
+    compile: bool = False
+    """if toggled, torch.compile the network (needs Triton on CUDA, a C++ compiler on the CPU)"""
+    cudagraphs: bool = False
+    """if toggled, record acting and the gradient step as CUDA graphs (CUDA only)"""
+    microbatch_size: int = 0
+    """samples per forward and backward pass, gradients are accumulated over a minibatch; 0: 256 on the CPU, all on CUDA"""
+    env_pools: int = 0
+    """emulate the games in this many groups, each while the network acts for the others; 0 is 2 on CUDA and 1 on the CPU"""
+    env_threads: int = 0
+    """threads of the emulator; 0 is one per core granted to this process"""
+    torch_threads: int = 0
+    """threads of PyTorch on the CPU; 0 is one per core granted to this process"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Environment: EnvPool's Atari games
+# ---------------------------------------------------------------------------------------------------------------------------
+
+# Mean score of a random and of a human player, for the human-normalised score: the values in common use since Wang et al.,
+# "Dueling Network Architectures for Deep Reinforcement Learning" (arXiv 1511.06581).
+RANDOM_AND_HUMAN_SCORES = """
+Alien 227.75 7127.7 | Amidar 5.77 1719.5 | Assault 222.39 742 | Asterix 210 8503.3 | Asteroids 719.1 47388.7
+Atlantis 12850 29028.1 | BankHeist 14.2 753.1 | BattleZone 2360 37187.5 | BeamRider 363.88 16926.5 | Berzerk 123.65 2630.4
+Bowling 23.11 160.7 | Boxing 0.05 12.1 | Breakout 1.72 30.5 | Centipede 2090.87 12017 | ChopperCommand 811 7387.8
+CrazyClimber 10780.5 35829.4 | Defender 2874.5 18688.9 | DemonAttack 152.07 1971 | DoubleDunk -18.55 -16.4 | Enduro 0 860.5
+FishingDerby -91.71 -38.7 | Freeway 0.01 29.6 | Frostbite 65.2 4334.7 | Gopher 257.6 2412.5 | Gravitar 173 3351.4
+Hero 1026.97 30826.4 | IceHockey -11.15 0.9 | Jamesbond 29 302.8 | Kangaroo 52 3035 | Krull 1598.05 2665.5
+KungFuMaster 258.5 22736.3 | MontezumaRevenge 0 4753.3 | MsPacman 307.3 6951.6 | NameThisGame 2292.35 8049
+Phoenix 761.4 7242.6 | Pitfall -229.44 6463.7 | Pong -20.71 14.6 | PrivateEye 24.94 69571.3 | Qbert 163.88 13455
+Riverraid 1338.5 17118 | RoadRunner 11.5 7845 | Robotank 2.16 11.9 | Seaquest 68.4 42054.7 | Skiing -17098.09 -4336.9
+Solaris 1236.3 12326.7 | SpaceInvaders 148.3 1668.7 | StarGunner 664 10250 | Surround -9.99 6.53 | Tennis -23.84 -8.3
+TimePilot 3568 5229.2 | Tutankham 11.43 167.6 | UpNDown 533.4 11693.2 | Venture 0 1187.5 | VideoPinball 16256.9 17667.9
+WizardOfWor 563.5 4756.5 | YarsRevenge 3092.91 54576.9 | Zaxxon 32.5 9173.3
+"""
+
+
+def atari_ids():
+    """All Atari ids that EnvPool knows, such as "Breakout-v5" (its registry also holds "Ant-v5" and other non-games)."""
+    from envpool.atari.registration import atari_game_list
+
+    return ["".join(word.capitalize() for word in game.split("_")) + "-v5" for game in atari_game_list]
+
+
+def human_normalized_score(env_id, score):
+    """(score - random) / (human - random): 0 is a random player, 1 a human; None for games outside the 57."""
+    for entry in RANDOM_AND_HUMAN_SCORES.replace("\n", "|").split("|"):
+        if entry.strip() and entry.split()[0] == env_id.removesuffix("-v5"):
+            random_score, human_score = map(float, entry.split()[1:])
+            return (score - random_score) / (human_score - random_score)
+    return None
+
+
+def granted_cores():
+    """Number of CPU cores this process may use: the least of affinity, container (cgroup v2) limit and Slurm's grant."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" where there is no limit
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    with contextlib.suppress(KeyError, ValueError):
+        cores = min(cores, int(os.environ["SLURM_CPUS_PER_TASK"]))
+    return max(1, cores)
+
+
+def env_seeds(seed, num_envs, evaluation=False):
+    """One emulator seed per game, (num_envs,). Training seeds are even and evaluation seeds odd, so the two never meet;
+    hashing keeps runs with neighbouring seeds apart (EnvPool's own rule, seed + i, shares all but one game)."""
+    return [int(s) // 4 * 2 + evaluation for s in np.random.SeedSequence([seed, evaluation]).generate_state(num_envs)]
+
+
+class AtariEnvs:
+    """EnvPool with the bookkeeping that it leaves to its caller.
+
+    EnvPool resets on the step after the end: that step ignores the action, has reward 0 and returns the first observation of
+    the next episode. It is no transition, and `is_reset` marks it. A time limit is `truncated`, never `terminated`.
+    """
+
+    def __init__(
+        self, env_id, seeds, num_threads, max_episode_steps=27000, sticky_action_probability=0.0, episodic_life=False
+    ):
+        self.num_envs = len(seeds)
+        self.max_episode_steps = max_episode_steps
+        self.pool = envpool.make(
+            env_id,
+            env_type="gymnasium",
+            num_envs=self.num_envs,
+            env_seed=seeds,
+            num_threads=min(num_threads, self.num_envs),
+            max_episode_steps=max_episode_steps,
+            repeat_action_probability=sticky_action_probability,
+            episodic_life=episodic_life,
+            reward_clip=True,
+        )
+        self.num_actions = int(self.pool.action_space.n)
+        self.episode_return = np.zeros(self.num_envs)  # raw score of the running game, all lives
+        self.episode_length = np.zeros(self.num_envs, dtype=np.int64)  # its agent steps
+        self.done = np.zeros(self.num_envs, dtype=bool)
+
+    def reset(self):
+        """Starts all games. Returns observations (num_envs, 4, 84, 84) uint8."""
+        return self.pool.reset()[0]
+
+    def send(self, actions, env_ids=None):
+        """Starts one step with actions (num_envs,), or with (n,) in the n games env_ids only."""
+        self.pool.send(actions.astype(np.int32), env_ids)
+
+    def recv(self):
+        """Waits for the step. Returns observations (n, 4, 84, 84) uint8, clipped rewards (n,), terminations (n,), dones (n,),
+        is_reset (n,), and the (raw return, length in agent steps, game) of every game that ended in this step."""
+        observations, rewards, terminated, truncated, info = self.pool.recv()
+        env_ids = info["env_id"]
+        is_reset = self.done[env_ids]
+        game_over = info["terminated"].astype(bool)  # unlike `terminated`, also where it coincides with the time limit
+        terminations = terminated | game_over
+        dones = terminations | truncated
+        self.done[env_ids] = dones
+        self.episode_return[env_ids] += info["reward"]
+        self.episode_length[env_ids] += ~is_reset
+        # A lost life may end an episode, but only game over and the time limit end a game.
+        ended = env_ids[dones & (game_over | truncated | (info["elapsed_step"] >= self.max_episode_steps))]
+        games = [(float(self.episode_return[i]), int(self.episode_length[i]), int(i)) for i in ended]
+        self.episode_return[ended] = 0
+        self.episode_length[ended] = 0
+        return observations, rewards, terminations, dones, is_reset, games
+
+    def close(self):
+        self.pool.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Network
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def layer_init(layer, std=2**0.5, bias_const=0.0):
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.constant_(layer.bias, bias_const)
+    return layer
+
+
+class PixelConv2d(nn.Conv2d):
+    """Convolution of pixels 0..255 (uint8) as if scaled to [0, 1]: it divides the weights instead, which costs nothing."""
+
+    def forward(self, x):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        return self._conv_forward(x.to(dtype), self.weight / 255, self.bias)
+
+
+class Agent(nn.Module):
+    """Nature CNN. Observations (batch, 4, 84, 84) uint8 to logits (batch, num_actions) and values (batch,), both float32."""
+
+    def __init__(self, num_actions):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            layer_init(PixelConv2d(4, 32, 8, stride=4)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(32, 64, 4, stride=2)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, 3, stride=1)),
+            nn.ReLU(),
+            nn.Flatten(),
+            layer_init(nn.Linear(3136, 512)),
+            nn.ReLU(),
+        )
+        self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)
+        self.critic = layer_init(nn.Linear(512, 1), std=1)
+
+    def forward(self, x):
+        # The heads are float32 whatever the encoder's precision: logits rounded to bfloat16 would hide small changes.
+        hidden = self.encoder(x).float()
+        return self.actor(hidden), self.critic(hidden).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Adaptive Batch Scaling and PPO: pure functions
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def behavioral_divergence(new_actions, old_actions):
+    """Share of states whose greedy action changed, a float in [0, 1] (Park, arXiv 2605.21557).
+
+    Both arguments are the greedy actions (M,) of one policy on the same M states. ValueError if they differ in shape or
+    are empty.
+    """
+    if new_actions.shape != old_actions.shape or len(new_actions) == 0:
+        raise ValueError(f"need two equal, non-empty shapes, got {tuple(new_actions.shape)} and {tuple(old_actions.shape)}")
+    return int((new_actions != old_actions).sum()) / math.prod(new_actions.shape)
+
+
+def kl_divergence(new_logits, old_logits):
+    """Mean KL(old || new) in nats, a float, of the action distributions on the same M states, both logits (M, num_actions).
+
+    ValueError if they differ in shape or are empty.
+    """
+    if new_logits.shape != old_logits.shape or len(new_logits) == 0:
+        raise ValueError(f"need two equal, non-empty shapes, got {tuple(new_logits.shape)} and {tuple(old_logits.shape)}")
+    new, old = new_logits.log_softmax(1), old_logits.log_softmax(1)
+    return float((old.exp() * (old - new)).sum(1).mean())
+
+
+def target_rollout_length(divergence, length_min, length_max, divergence_min, divergence_max, schedule="log"):
+    """Rollout length in steps per environment, a float, that ABS wants at this divergence (Park, arXiv 2605.21557).
+
+    Falls monotonically from length_max at divergence_min and below to length_min at divergence_max and above: linearly in
+    log(divergence) ("log"), in divergence ("linear") or in exp(divergence), divergence scaled to [0, 1] ("exp").
+    ValueError for bounds out of order, a divergence that is not a number or an unknown schedule.
+    """
+    if not (0 < length_min <= length_max and 0 < divergence_min < divergence_max) or math.isnan(divergence):
+        raise ValueError("need 0 < length_min <= length_max, 0 < divergence_min < divergence_max and a divergence not NaN")
+    clipped = min(max(divergence, divergence_min), divergence_max)
+    linear = (clipped - divergence_min) / (divergence_max - divergence_min)
+    if schedule == "log":
+        a = math.log(clipped / divergence_min) / math.log(divergence_max / divergence_min)
+    elif schedule == "linear":
+        a = linear
+    elif schedule == "exp":
+        a = math.expm1(linear) / math.expm1(1)
+    else:
+        raise ValueError(f"unknown schedule {schedule!r}: use log, linear or exp")
+    return length_max - a * (length_max - length_min)
+
+
+def round_rollout_length(length, length_min, length_max, multiple):
+    """The multiple of `multiple` nearest to length among those in [length_min, length_max], an int."""
+    lowest, highest = math.ceil(length_min / multiple), math.floor(length_max / multiple)
+    return multiple * min(max(round(length / multiple), lowest), highest)
+
+
+def generalized_advantages(rewards, values, terminations, dones, next_values, gamma, gae_lambda):
+    """Generalized advantages (Schulman et al., arXiv 1506.02438, with time limits bootstrapped). All (num_steps, num_envs).
+
+    next_values[t] is the value of the state actually reached, the last one of the episode where it ended. terminations cut
+    the bootstrap; dones (terminations and time limits) cut only the lambda trace.
+    """
+    advantages = torch.zeros_like(rewards)
+    trace = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        next_value = torch.where(terminations[t].bool(), torch.zeros_like(trace), next_values[t])
+        delta = rewards[t] + gamma * next_value - values[t]
+        trace = delta + gamma * gae_lambda * torch.where(dones[t].bool(), torch.zeros_like(trace), trace)
+        advantages[t] = trace
+    return advantages
+
+
+def gradient_noise_scale(gradients, minibatch_size):
+    """Noise and signal of a gradient, two floats (McCandlish et al., arXiv 1812.06162); noise / signal is B_simple.
+
+    gradients (m, num_parameters) are those of m >= 2 disjoint minibatches of minibatch_size samples at the same parameters.
+    Noise estimates the trace of the covariance of one sample's gradient, signal the squared norm of the expected gradient.
+    Both are unbiased, so signal can be zero or negative where noise dominates. ValueError for fewer than two gradients.
+    """
+    gradients = torch.stack(list(gradients))
+    if len(gradients) < 2:
+        raise ValueError("need the gradients of at least two minibatches")
+    mean = gradients.mean(0)
+    noise = minibatch_size * float((gradients - mean).square().sum()) / (len(gradients) - 1)
+    return noise, float(mean.square().sum()) - noise / (len(gradients) * minibatch_size)
+
+
+def gumbel_noise(shape, generator):
+    """Standard Gumbel noise: the largest of logits + noise is a sample from their softmax."""
+    return torch.empty(shape, device=generator.device).exponential_(generator=generator).log().neg()
+
+
+@torch.no_grad()
+def policy_logits(network, observations):
+    """Logits (M, num_actions) on observations (M, 4, 84, 84)."""
+    return torch.cat([network(chunk)[0] for chunk in observations.split(256)])
+
+
+def act(network, observations, noise):
+    """Actions (n,), their log-probabilities (n,) and values (n,) on observations (n, 4, 84, 84): sampled from the policy where
+    noise (n, num_actions) is Gumbel noise, greedy where it is 0."""
+    logits, values = network(observations)
+    actions = (logits + noise).argmax(1)
+    return actions, logits.log_softmax(1).gather(1, actions.unsqueeze(1)).squeeze(1), values
+
+
+# What update returns, the names in the logs
+LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
+
+
+def compute_gradient(network, observations, actions, log_probs, advantages, returns, values, weights, args, microbatch_size):
+    """Gradient of a minibatch's loss (Schulman et al., arXiv 1707.06347): n samples, weights (n,) summing to 1.
+
+    No layer mixes samples, so it may run in microbatches whose gradients add up. Returns (5,): policy loss, value loss,
+    entropy, KL(old || new) estimated from the actions taken, and the share of clipped ratios.
+    """
+    network.zero_grad()
+    logs = torch.zeros(5, device=weights.device)
+    if args.norm_adv:
+        centred = advantages - (weights * advantages).sum()
+        advantages = centred / ((weights * centred**2).sum().sqrt() + 1e-8)
+    minibatch = (observations, actions, log_probs, advantages, returns, values, weights)
+    for chunk in zip(*(x.split(microbatch_size) for x in minibatch), strict=True):
+        observations, actions, log_probs, advantages, returns, values, weights = chunk
+        logits, new_values = network(observations)
+        new_log_probs = logits.log_softmax(1)
+        entropy = -(new_log_probs.exp() * new_log_probs).sum(1)
+        log_ratio = new_log_probs.gather(1, actions.unsqueeze(1)).squeeze(1) - log_probs
+        ratio = log_ratio.exp()
+        clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        policy_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio)
+        value_loss = 0.5 * (new_values - returns) ** 2
+        if args.clip_vloss:
+            clipped_values = values + (new_values - values).clamp(-args.clip_coef, args.clip_coef)
+            value_loss = torch.max(value_loss, 0.5 * (clipped_values - returns) ** 2)
+        loss = (weights * (policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss)).sum()
+        loss.backward()
+        clipped = (ratio != clipped_ratio).float()
+        terms = torch.stack([policy_loss, value_loss, entropy, ratio - 1 - log_ratio, clipped])
+        logs += (weights * terms.detach()).sum(1)
+    return logs
+
+
+def update(network, optimizer, *minibatch, args, microbatch_size):
+    """One gradient step on a minibatch, as compute_gradient takes it. Returns what it returns and the gradient's norm."""
+    logs = compute_gradient(network, *minibatch, args, microbatch_size)
+    grad_norm = nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+    optimizer.step()
+    return torch.cat([logs, grad_norm.unsqueeze(0)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Evaluation, model file, video
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(network, env_id, episodes, greedy, seed, device, num_threads=0, max_episode_steps=27000, sticky=0.0):
+    """Plays full games with the policy, sampled or greedy, and returns a dict of statistics of their raw scores.
+
+    Up to 128 games run in parallel. Each environment plays exactly its share of the games, because the first `episodes` games
+    to finish would be the short ones. Lengths are agent steps. Emulator seeds are never those of a training run.
+    """
+    num_envs = min(episodes, 128)
+    envs = AtariEnvs(
+        env_id, env_seeds(seed, num_envs, evaluation=True), num_threads or granted_cores(), max_episode_steps, sticky
+    )
+    rng = torch.Generator(device).manual_seed(seed)
+    share = np.full(num_envs, episodes // num_envs)
+    share[: episodes % num_envs] += 1
+    games, last_log = [], time.time()
+    observations, active = envs.reset(), np.arange(num_envs, dtype=np.int32)
+    while True:
+        noise = gumbel_noise((len(active), envs.num_actions), rng)
+        noise = torch.zeros_like(noise) if greedy else noise
+        actions = act(network, torch.from_numpy(observations).to(device), noise)[0].cpu().numpy()
+        envs.send(actions, active)
+        observations, *_, ended = envs.recv()
+        games += ended
+        share[[i for *_, i in ended]] -= 1
+        playing = share[active] > 0
+        observations, active = observations[playing], active[playing]
+        if len(active) == 0:
+            break
+        if time.time() - last_log >= 30:
+            last_log = time.time()
+            print(f"{len(games)} of {episodes} games over, {envs.episode_length.max()} steps into the longest", flush=True)
+    envs.close()
+    returns, lengths = np.array([g[0] for g in games]), np.array([g[1] for g in games])
+    return {
+        "env_id": env_id,
+        "episodes": episodes,
+        "greedy": greedy,
+        "seed": seed,
+        "mean": float(returns.mean()),
+        "std": float(returns.std()),
+        "median": float(np.median(returns)),
+        "min": float(returns.min()),
+        "max": float(returns.max()),
+        "mean_length": float(lengths.mean()),
+        "human_normalized_score": human_normalized_score(env_id, float(returns.mean())),
+        "returns": returns.tolist(),
+        "lengths": lengths.tolist(),
+    }
+
+
+def save_model(network, args, global_step, path):
+    """Writes weights, arguments and agent steps so far; beside and then renamed, so that no crash leaves half a file."""
+    content = {"weights": network.state_dict(), "args": dataclasses.asdict(args), "global_step": global_step}
+    torch.save(content, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def load_model(path, device):
+    """Reads what save_model wrote. Returns the network and the id of the game it was trained on, or fails with one line."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError
+        network = Agent(len(content["weights"]["actor.bias"])).to(device)
+        network.load_state_dict(content["weights"])
+        return network, content["args"]["env_id"]
+    except Exception as e:
+        reason = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else "not a model of this script"
+        fail(f"cannot use --model {path!r} ({reason}); give the model.pt that a run of {Path(__file__).name} left")
+
+
+def make_run_dir(args):
+    """Makes runs/<game>__<experiment>__<seed>__<time>, a second later if a run that began in this one has taken the name."""
+    while True:
+        run_dir = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        try:
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except FileExistsError:
+            time.sleep(1)
+        except OSError as e:
+            fail(f"cannot make the run folder {run_dir}: {e.strerror}; start in a folder you may write to")
+
+
+def write_json(path, content):
+    Path(f"{path}.part").write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(f"{path}.part", path)
+
+
+@torch.no_grad()
+def record_video(network, env_id, episodes, greedy, seed, device, folder, max_episode_steps=27000, sticky=0.0):
+    """Records full games in colour as mp4 files in `folder`, through ale-py and Gymnasium's wrappers instead of EnvPool: an
+    independent second view of the preprocessing. Returns the raw score of each game."""
+    import ale_py
+    from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, RecordVideo, TimeLimit
+
+    gym.register_envs(ale_py)
+    ale_id = next(name for name in gym.registry if name.lower() == f"ale/{env_id}".lower())
+    env = gym.make(ale_id, frameskip=1, repeat_action_probability=sticky, max_episode_steps=-1, render_mode="rgb_array")
+    fire_on_reset = env.unwrapped.get_action_meanings()[1] == "FIRE"
+    env = TimeLimit(FrameStackObservation(AtariPreprocessing(env, noop_max=30), 4), max_episode_steps)
+    env = RecordVideo(env, str(folder), episode_trigger=lambda episode: True, name_prefix=env_id, fps=15)
+    rng = torch.Generator(device).manual_seed(seed)
+    returns = []
+    for episode in range(episodes):
+        observation, _ = env.reset(seed=env_seeds(seed, episodes, evaluation=True)[episode])
+        score, done, first = 0.0, False, True
+        while not done:
+            noise = gumbel_noise((1, int(env.action_space.n)), rng)
+            noise = torch.zeros_like(noise) if greedy else noise
+            action = int(act(network, torch.from_numpy(observation[None]).to(device), noise)[0])
+            if first and fire_on_reset:
+                action = 1
+            observation, reward, terminated, truncated, _ = env.step(action)
+            score, done, first = score + float(reward), terminated or truncated, False
+        returns.append(score)
+    env.close()
+    return returns
+
+
+def evaluate_and_record(network, args, device, run_dir):
+    """The end of a run, and all of --eval-only: evaluation, video and eval.json. Returns what evaluate() does."""
+    settings = (args.eval_greedy, args.seed, device)
+    limits = (args.max_episode_steps, args.sticky_action_probability)
+    statistics = {}
+    if args.eval_episodes:
+        print(
+            f"evaluating {args.eval_episodes} games of {args.env_id} {'greedily' if args.eval_greedy else 'by sampling'}",
+            flush=True,
+        )
+        statistics = evaluate(network, args.env_id, args.eval_episodes, *settings, args.env_threads, *limits)
+        write_json(run_dir / "eval.json", statistics)
+        rounded = {name: round(value, 3) for name, value in statistics.items() if isinstance(value, float)}
+        print(", ".join(f"{name} {value}" for name, value in rounded.items()) + f": {run_dir / 'eval.json'}", flush=True)
+    if args.capture_video:
+        scores = record_video(network, args.env_id, args.video_episodes, *settings, run_dir / "videos", *limits)
+        print(f"recorded {args.video_episodes} games with scores {scores}: {run_dir / 'videos'}")
+    return statistics
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def fail(message, code=2):
+    """Ends the script with one line on stderr."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def parse_args():
+    """The command line as Args. Where tyro would draw a box around an error, one line says the same."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, description=__doc__)
+    except SystemExit as e:
+        if e.code:
+            words = " ".join(line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()[1:])
+            fail(re.split(r"\s{2,}For full helptext|\s{2,}Argument helptext", words)[0].strip() + " (see --help)")
+        raise
+
+
+def rollout_range(args):
+    """Shortest and longest rollout in steps per environment that these arguments allow, and the number of which all lengths
+    are multiples, so that every minibatch has the same size: the number of minibatches or, where the range is too narrow or
+    too short for that, the least number that divides the batch evenly."""
+    low, high = (args.rollout_length_min, args.rollout_length_max) if args.adapt_rollout else (args.num_steps, args.num_steps)
+    multiple = args.num_minibatches
+    if multiple > low or high // multiple * multiple < low:
+        multiple //= math.gcd(multiple, args.num_envs)
+    if high // multiple * multiple < low:
+        fail(
+            f"a rollout of {high} steps x {args.num_envs} environments does not divide into {args.num_minibatches} equal "
+            f"minibatches; use {math.ceil(low / multiple) * multiple} steps or fewer minibatches"
+        )
+    return low, high, multiple
+
+
+def check_args(args):
+    """Fails with one line at the first argument that cannot work, before anything is built or written."""
+    if args.env_id not in atari_ids():
+        close = difflib.get_close_matches(args.env_id, atari_ids(), n=3, cutoff=0.4) or ["Breakout-v5", "Pong-v5"]
+        kind = "not an Atari game" if args.env_id in envpool.list_all_envs() else "unknown"
+        fail(f"--env-id {args.env_id} is {kind}; did you mean {' or '.join(close)}?")
+    at_least = dict.fromkeys("num_envs num_steps total_timesteps num_minibatches update_epochs adapt_interval".split(), 1)
+    at_least |= dict.fromkeys("rollout_length_min divergence_window reference_batch_size video_episodes".split(), 1)
+    at_least |= dict.fromkeys(
+        "seed divergence_warmup eval_episodes microbatch_size env_pools env_threads torch_threads".split(), 0
+    )
+    at_least |= {"max_episode_steps": 2}
+    for name, bound in at_least.items():
+        if getattr(args, name) < bound:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; use {bound} or more")
+    for name in "learning_rate max_grad_norm clip_coef kl_min kl_max rollout_smoothing".split():
+        if not 0 < getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be a positive number")
+    for name in "gamma gae_lambda sticky_action_probability rollout_smoothing".split():
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must lie between 0 and 1")
+    for name in "ent_coef vf_coef".split():
+        if not 0 <= getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be 0 or a positive number")
+    if args.kl_min >= args.kl_max:
+        fail(f"--kl-min {args.kl_min} must be less than --kl-max {args.kl_max}")
+    if args.rollout_length_min > args.rollout_length_max:
+        fail(f"--rollout-length-min {args.rollout_length_min} is above --rollout-length-max {args.rollout_length_max}")
+    if args.num_envs % max(1, args.env_pools):
+        fail(f"--num-envs {args.num_envs} does not divide into --env-pools {args.env_pools} equal groups")
+    length_min, length_max, multiple = rollout_range(args)
+    first_batch = args.num_envs * round_rollout_length(length_min, length_min, length_max, multiple)
+    if args.total_timesteps < first_batch:
+        fail(f"--total-timesteps {args.total_timesteps} is less than the first rollout; use {first_batch} or more")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda, but PyTorch finds no CUDA device here; use --device cpu or auto")
+    if args.eval_only and not args.model:
+        fail("--eval-only needs --model runs/<run>/model.pt")
+    if args.model and not args.eval_only:
+        fail("--model is for --eval-only; add that, or leave --model out to train")
+    if args.eval_only and args.eval_episodes < 1:
+        fail("--eval-only needs --eval-episodes of 1 or more")
+    if args.eval_only and Path(args.model).is_file() and not os.access(Path(args.model).parent, os.W_OK):
+        fail(f"--eval-only writes eval.json beside the model, but {Path(args.model).parent} is read-only; copy the model")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights & Biases, which is not installed; run `pip install wandb` or leave --track out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Speed: everything here only makes the script faster, and can be switched off
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def bfloat16_is_fast(device):
+    """Whether the hardware multiplies bfloat16 natively."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def speed_up(network, precision, device, use_compile=False):
+    """Makes the encoder compute in `precision` and compiles; weights, heads, targets and optimizer stay float32."""
+    if precision == "bfloat16":
+        network.encoder.forward = torch.autocast(device.type, torch.bfloat16)(network.encoder.forward)
+    if use_compile:
+        network.compile()
+    return network
+
+
+def compiler_is_there(device):
+    """Whether torch.compile has what it needs: Triton on CUDA, a C++ compiler on the CPU."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return any(shutil.which(compiler) for compiler in (os.environ.get("CXX") or "g++", "clang++", "cl"))
+
+
+class CUDAGraphed:
+    """Calls function(*tensors) through CUDA graphs, which launch all its kernels at once: one graph per combination of shapes,
+    recorded at its second call (the first runs plainly, which is the warm-up) and replayed from then on."""
+
+    def __init__(self, function):
+        self.function, self.graphs, self.pool, self.stream = function, {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def __call__(self, *inputs):
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in self.graphs:
+            self.graphs[shapes] = None
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                output = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return output
+        if self.graphs[shapes] is None:
+            static_inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                static_output = self.function(*static_inputs)
+            self.graphs[shapes] = graph, static_inputs, static_output
+        graph, static_inputs, static_output = self.graphs[shapes]
+        for static_input, x in zip(static_inputs, inputs, strict=True):
+            static_input.copy_(x)
+        graph.replay()
+        # All graphs share one memory pool, so the next replay may write over this output
+        return torch.utils._pytree.tree_map(torch.clone, static_output)
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    check_args(args)
+
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if args.precision == "auto":
+        args.precision = "bfloat16" if bfloat16_is_fast(device) else "float32"
+    if args.compile and not compiler_is_there(device):
+        print(f"--compile finds no {'Triton' if device.type == 'cuda' else 'C++ compiler'} here: running eagerly", flush=True)
+        args.compile = False
+    args.cudagraphs = args.cudagraphs and device.type == "cuda"
+    args.env_threads = args.env_threads or granted_cores()
+    torch.set_num_threads(args.torch_threads or granted_cores())
+
+    if args.eval_only:
+        network, model_env_id = load_model(args.model, device)
+        if args.env_id not in (Args.env_id, model_env_id):
+            fail(f"--model {args.model} was trained on {model_env_id}, not on {args.env_id}; leave --env-id out")
+        args.env_id = model_env_id
+        evaluate_and_record(speed_up(network, args.precision, device), args, device, Path(args.model).parent)
+        sys.exit()
+
+    # Environments, in groups (pools) of which one is emulated while the network acts for another
+    num_pools = args.env_pools or (2 if device.type == "cuda" and args.num_envs % 2 == 0 else 1)
+    seeds = env_seeds(args.seed, args.num_envs)
+    groups = [slice(i, i + args.num_envs // num_pools) for i in range(0, args.num_envs, args.num_envs // num_pools)]
+    limits = (args.max_episode_steps, args.sticky_action_probability, args.episodic_life)
+    pools = [AtariEnvs(args.env_id, seeds[group], args.env_threads, *limits) for group in groups]
+    num_actions = pools[0].num_actions
+
+    # Network
+    network = speed_up(Agent(num_actions).to(device), args.precision, device, args.compile)
+    old_network = speed_up(Agent(num_actions).to(device), args.precision, device, args.compile)
+    learning_rate = torch.tensor(args.learning_rate, device=device) if args.cudagraphs else args.learning_rate
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, eps=1e-5, foreach=True, capturable=args.cudagraphs)
+    act_step = partial(act, network)
+    microbatch_size = args.microbatch_size or (256 if device.type == "cpu" else sys.maxsize)
+    gradient_step = partial(compute_gradient, network, args=args, microbatch_size=microbatch_size)
+    update_step = partial(update, network, optimizer, args=args, microbatch_size=microbatch_size)
+    if args.cudagraphs:
+        act_step, update_step = CUDAGraphed(act_step), CUDAGraphed(update_step)
+    # Training draws from one generator and measuring from another, so measuring changes no run.
+    rng = torch.Generator(device).manual_seed(args.seed)
+    reference_rng = torch.Generator(device).manual_seed(args.seed)
+
+    # Adaptive Batch Scaling
+    length_min, length_max, length_multiple = rollout_range(args)
+    rollout_length = float(length_min)  # stays a float, or smoothing would freeze short of its target
+    divergences = deque(maxlen=args.divergence_window)
+    noise_scales = deque(maxlen=args.divergence_window)  # (noise, signal)
+    num_measurements = 0
+
+    # Run folder and logs
+    run_dir = make_run_dir(args)
+    shortest, longest = (round_rollout_length(n, length_min, length_max, length_multiple) for n in (length_min, length_max))
+    print(
+        f"{args.env_id} on {device.type} ({args.precision}, {torch.get_num_threads()} PyTorch and {args.env_threads} emulator "
+        f"threads), {sum(p.numel() for p in network.parameters()):,} parameters, batches of {args.num_envs * shortest:,} to "
+        f"{args.num_envs * longest:,} samples in multiples of {args.num_envs * length_multiple:,}: {run_dir}",
+        flush=True,
+    )
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity or None,
+            sync_tensorboard=True,
+            config=vars(args),
+            name=run_dir.name,
+            save_code=True,
+        )
+    writer = SummaryWriter(str(run_dir))
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    write_json(run_dir / "args.json", vars(args))
+
+    # Storage, allocated once for the longest rollout; shorter ones use its beginning
+    obs = torch.zeros((longest + 1, args.num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
+    actions = torch.zeros((longest, args.num_envs), dtype=torch.int64, device=device)
+    log_probs = torch.zeros((longest + 1, args.num_envs), device=device)
+    values = torch.zeros((longest + 1, args.num_envs), device=device)
+    rewards = torch.zeros((longest, args.num_envs))
+    terminations = torch.zeros((longest, args.num_envs), dtype=torch.bool)
+    dones = torch.zeros((longest, args.num_envs), dtype=torch.bool)
+    is_transition = torch.zeros((longest, args.num_envs), dtype=torch.bool)
+
+    global_step = iteration = 0
+    recent_returns = deque(maxlen=100)
+    bar = tqdm(total=args.total_timesteps, unit=" steps", unit_scale=True, disable=not sys.stdout.isatty(), file=sys.stdout)
+    last_log = start_time = time.time()
+    length = 0  # of the previous rollout, whose last observation is the first of the next
+    obs[0] = torch.from_numpy(np.concatenate([envs.reset() for envs in pools]))
+
+    while True:
+        previous_length, length = length, round_rollout_length(rollout_length, length_min, length_max, length_multiple)
+        batch_size = args.num_envs * length
+        if global_step + batch_size > args.total_timesteps:
+            break
+        iteration += 1
+        iteration_start = time.perf_counter()
+        learning_rate = args.learning_rate
+        if args.anneal_lr:
+            learning_rate *= 1 - global_step / args.total_timesteps
+            if args.cudagraphs:  # a graph reads the tensor it was recorded with
+                optimizer.param_groups[0]["lr"].fill_(learning_rate)
+            else:
+                optimizer.param_groups[0]["lr"] = learning_rate
+        measure = iteration % args.adapt_interval == 0
+        if measure:
+            old_network.load_state_dict(network.state_dict())
+
+        # Rollout: step t acts on obs[t] and receives obs[t + 1]; the last pass only takes the values to bootstrap from
+        obs[0] = obs[previous_length]
+        steps = [global_step + args.num_envs * (t + 1) for t in range(length)]
+        noise = gumbel_noise((length, args.num_envs, num_actions), rng)
+        emulation_time = inference_time = 0.0
+        with torch.no_grad():
+            for t, (envs, group) in itertools.product(range(length + 1), zip(pools, groups, strict=True)):
+                start = time.perf_counter()
+                if t > 0:
+                    next_obs, reward, terminated, done, is_reset, games = envs.recv()
+                    emulation_time += time.perf_counter() - start
+                    start = time.perf_counter()
+                    obs[t, group] = torch.from_numpy(next_obs)
+                    rewards[t - 1, group] = torch.from_numpy(reward)
+                    terminations[t - 1, group] = torch.from_numpy(terminated)
+                    dones[t - 1, group] = torch.from_numpy(done)
+                    is_transition[t - 1, group] = torch.from_numpy(~is_reset)
+                    for episodic_return, episodic_length, _ in games:
+                        recent_returns.append(episodic_return)
+                        writer.add_scalar("charts/episodic_return", episodic_return, steps[t - 1])
+                        writer.add_scalar("charts/episodic_length", episodic_length, steps[t - 1])
+                last = min(t, length - 1)  # there is no action after the last observation, only its value
+                action, log_probs[t, group], values[t, group] = act_step(obs[t, group], noise[last, group])
+                if t < length:
+                    actions[t, group] = action
+                    envs.send(action.cpu().numpy())
+                inference_time += time.perf_counter() - start
+        global_step += batch_size
+
+        # Advantages, once per rollout: s_{t+1} is obs[t + 1] also where the episode ended, since EnvPool resets a step later
+        ends = terminations[:length], dones[:length]
+        b_values, next_values = values[:length].cpu(), values[1 : length + 1].cpu()
+        advantages = generalized_advantages(rewards[:length], b_values, *ends, next_values, args.gamma, args.gae_lambda)
+
+        # Update: reset steps have weight 0, and the loss is the mean over the others
+        b_obs = obs[:length].flatten(0, 1)
+        batch = (actions[:length], log_probs[:length], advantages, advantages + b_values, b_values)
+        batch = (b_obs, *(x.flatten().to(device) for x in batch))
+        b_weights = is_transition[:length].flatten().float().to(device)
+        minibatch_size = batch_size // args.num_minibatches
+        epochs = args.update_epochs
+        if args.scale_epochs:
+            epochs = max(epochs, round(epochs * length / args.num_steps))
+
+        # The gradient noise scale, the rival signal, needs the gradients of an epoch's minibatches at unchanged parameters
+        if measure and args.log_noise_scale and b_weights.any():
+            start, gradients = time.perf_counter(), []
+            for inds in torch.randperm(batch_size, generator=reference_rng, device=device).split(minibatch_size):
+                mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
+                gradient_step(*(x.index_select(0, inds) for x in batch), mb_weights)
+                gradients.append(nn.utils.parameters_to_vector(p.grad for p in network.parameters()))
+            noise_scales.append(gradient_noise_scale(gradients, float(b_weights.sum()) / args.num_minibatches))
+            noise, signal = np.mean(noise_scales, axis=0)
+            b_simple = noise / signal if signal > 0 else math.inf  # a ratio of means, not a mean of ratios
+            writer.add_scalar("gns/noise", noise_scales[-1][0], global_step)
+            writer.add_scalar("gns/signal", noise_scales[-1][1], global_step)
+            writer.add_scalar("gns/b_simple", b_simple, global_step)
+            writer.add_scalar("time/noise_scale", time.perf_counter() - start, global_step)
+
+        logs = torch.zeros(len(LOSSES), device=device)
+        for _ in range(epochs):
+            for inds in torch.randperm(batch_size, generator=rng, device=device).split(minibatch_size):
+                mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
+                logs += update_step(*(x.index_select(0, inds) for x in batch), mb_weights)
+        losses = (logs / (epochs * args.num_minibatches)).tolist()
+        if not math.isfinite(sum(losses)):
+            writer.close()
+            fail(f"the loss is no longer finite at step {global_step}; a lower --learning-rate may help ({run_dir})", code=1)
+
+        # Adaptive Batch Scaling: how far did this iteration move the policy, and how long should the next rollouts be?
+        if measure and b_weights.any():  # a rollout of reset steps alone has no states
+            start = time.perf_counter()
+            states = b_weights.nonzero().squeeze(1)
+            states = states[torch.randperm(len(states), generator=reference_rng, device=device)][: args.reference_batch_size]
+            new_logits, old_logits = policy_logits(network, b_obs[states]), policy_logits(old_network, b_obs[states])
+            divergences.append(kl_divergence(new_logits, old_logits))
+            num_measurements += 1
+            mean_divergence = sum(divergences) / len(divergences)
+            target = rollout_length
+            if args.adapt_signal == "time":
+                target = length_min + (length_max - length_min) * global_step / args.total_timesteps
+            elif num_measurements >= args.divergence_warmup:
+                bounds = (length_min, length_max, args.kl_min, args.kl_max)
+                target = target_rollout_length(mean_divergence, *bounds, args.schedule)
+            rollout_length = (1 - args.rollout_smoothing) * rollout_length + args.rollout_smoothing * target
+            divergence = behavioral_divergence(new_logits.argmax(1), old_logits.argmax(1))
+            writer.add_scalar("abs/kl", divergences[-1], global_step)
+            writer.add_scalar("abs/kl_mean", mean_divergence, global_step)
+            writer.add_scalar("abs/divergence", divergence, global_step)
+            writer.add_scalar("time/divergence", time.perf_counter() - start, global_step)
+
+        for name, loss in zip(LOSSES, losses, strict=True):
+            writer.add_scalar(f"losses/{name}", loss, global_step)
+        writer.add_scalar("abs/rollout_length", length, global_step)
+        writer.add_scalar("abs/batch_size", batch_size, global_step)
+        writer.add_scalar("abs/minibatch_size", minibatch_size, global_step)
+        writer.add_scalar("charts/learning_rate", learning_rate, global_step)
+        iteration_time = time.perf_counter() - iteration_start
+        sps = batch_size / iteration_time
+        writer.add_scalar("charts/SPS", sps, global_step)
+        writer.add_scalar("time/emulation", emulation_time, global_step)
+        writer.add_scalar("time/inference", inference_time, global_step)
+        writer.add_scalar("time/learning", iteration_time - emulation_time - inference_time, global_step)
+        status = {
+            "SPS": f"{sps:.0f}",
+            "return": f"{np.mean(recent_returns):.1f}" if recent_returns else "none yet",
+            "length": length,
+            "KL": f"{divergences[-1]:.4f}" if divergences else "not measured yet",
+        }
+        bar.set_postfix(status, refresh=False)
+        bar.update(batch_size)
+        if bar.disable and (iteration == 1 or time.time() - last_log >= 30):
+            last_log = time.time()
+            print(
+                f"step {global_step:,} of {args.total_timesteps:,}: " + ", ".join(f"{k} {v}" for k, v in status.items()),
+                flush=True,
+            )
+
+    bar.close()
+    for envs in pools:
+        envs.close()
+    save_model(network, args, global_step, run_dir / "model.pt")
+    print(f"trained {global_step:,} steps in {time.time() - start_time:.0f} s: {run_dir / 'model.pt'}", flush=True)
+    for name, value in evaluate_and_record(network, args, device, run_dir).items():
+        if isinstance(value, float):
+            writer.add_scalar(f"eval/{name}", value, global_step)
+    writer.close()
