@@ -21,17 +21,18 @@ much it moves is the KL divergence KL(old || new) of the action distributions th
 
 @@KL
 
-    python ppo_abs_atari.py --env-id Breakout-v5                      # ABS, the published settings
-    python ppo_abs_atari.py --env-id Pong-v5 --no-adapt-rollout       # the fixed-batch baseline
-    python ppo_abs_atari.py --eval-only --model runs/<run>/model.pt   # evaluate a trained model
-    tensorboard --logdir runs
+    python ppo_abs_atari.py --env-id Breakout-v5                  # ABS, the published settings
+    python ppo_abs_atari.py --env-id Pong-v5 --no-adapt-rollout   # the fixed-batch baseline
+    torchrun --nproc_per_node=4 ppo_abs_atari.py                  # on four GPUs
 
-A run leaves TensorBoard events, args.json, model.pt and eval.json in runs/<run>/. A step is one agent step (4 frames).
+--resume runs/<run> continues a run that was stopped, --eval-only --model runs/<run>/model.pt evaluates a trained model. A run
+leaves events, args.json, checkpoints, model.pt and eval.json in runs/<run>/. A step is one agent step (4 frames).
 """
 
 import contextlib
 import dataclasses
 import difflib
+import glob
 import importlib.util
 import io
 import itertools
@@ -40,6 +41,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from collections import deque
@@ -52,6 +54,7 @@ import envpool
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import tyro
 from torch.utils.tensorboard import SummaryWriter
@@ -161,6 +164,14 @@ class Args:
     model: str = ""
     """path of the model.pt for --eval-only"""
 
+    # Long runs
+    checkpoint_interval: int = 0
+    """agent steps between two checkpoints; 0 is about every 5 minutes"""
+    resume: str = ""
+    """path of a run (runs/<run>) to continue from its last checkpoint, with its own arguments"""
+    auto_resume: bool = False
+    """if toggled, continue the newest run that has these arguments; start a new one if there is none"""
+
     # Speed
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """arithmetic of the convolutions and matrix products; auto is bfloat16 where the hardware has it, else float32"""
@@ -227,10 +238,12 @@ def granted_cores():
     return max(1, cores)
 
 
-def env_seeds(seed, num_envs, evaluation=False):
+def env_seeds(seed, num_envs, evaluation=False, start=0):
     """One emulator seed per game, (num_envs,). Training seeds are even and evaluation seeds odd, so the two never meet;
-    hashing keeps runs with neighbouring seeds apart (EnvPool's own rule, seed + i, shares all but one game)."""
-    return [int(s) // 4 * 2 + evaluation for s in np.random.SeedSequence([seed, evaluation]).generate_state(num_envs)]
+    hashing keeps runs with neighbouring seeds apart (EnvPool's own rule, seed + i, shares all but one game), and a run that
+    is resumed at agent step `start` from the games it began with."""
+    entropy = [seed, evaluation, start] if start else [seed, evaluation]
+    return [int(s) // 4 * 2 + evaluation for s in np.random.SeedSequence(entropy).generate_state(num_envs)]
 
 
 class AtariEnvs:
@@ -449,8 +462,9 @@ LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad
 def compute_gradient(network, observations, actions, log_probs, advantages, returns, values, weights, args, microbatch_size):
     """Gradient of a minibatch's loss (Schulman et al., arXiv 1707.06347): n samples, weights (n,) summing to 1.
 
-    No layer mixes samples, so it may run in microbatches whose gradients add up. Returns (5,): policy loss, value loss,
-    entropy, KL(old || new) estimated from the actions taken, and the share of clipped ratios.
+    No layer mixes samples, so it may run in microbatches whose gradients add up. Where several processes train together, the
+    gradient is the mean of theirs. Returns (5,): policy loss, value loss, entropy, KL(old || new) estimated from the actions
+    taken, and the share of clipped ratios.
     """
     network.zero_grad()
     logs = torch.zeros(5, device=weights.device)
@@ -476,6 +490,7 @@ def compute_gradient(network, observations, actions, log_probs, advantages, retu
         clipped = (ratio != clipped_ratio).float()
         terms = torch.stack([policy_loss, value_loss, entropy, ratio - 1 - log_ratio, clipped])
         logs += (weights * terms.detach()).sum(1)
+    average_gradients(network)
     return logs
 
 
@@ -643,12 +658,13 @@ def fail(message, code=2):
     sys.exit(code)
 
 
-def parse_args():
-    """The command line as Args. Where tyro would draw a box around an error, one line says the same."""
+def parse_args(default=None):
+    """The command line as Args, what it leaves out from `default`. Where tyro would draw a box around an error, one line says
+    the same."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, description=__doc__)
+            return tyro.cli(Args, description=__doc__, default=default)
     except SystemExit as e:
         if e.code:
             words = " ".join(line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()[1:])
@@ -661,12 +677,13 @@ def rollout_range(args):
     are multiples, so that every minibatch has the same size: the number of minibatches or, where the range is too narrow or
     too short for that, the least number that divides the batch evenly."""
     low, high = (args.rollout_length_min, args.rollout_length_max) if args.adapt_rollout else (args.num_steps, args.num_steps)
+    num_envs = args.num_envs // int(os.environ.get("WORLD_SIZE", 1))  # each process splits its own part of the batch
     multiple = args.num_minibatches
     if multiple > low or high // multiple * multiple < low:
-        multiple //= math.gcd(multiple, args.num_envs)
+        multiple //= math.gcd(multiple, num_envs)
     if high // multiple * multiple < low:
         fail(
-            f"a rollout of {high} steps x {args.num_envs} environments does not divide into {args.num_minibatches} equal "
+            f"a rollout of {high} steps x {num_envs} environments does not divide into {args.num_minibatches} equal "
             f"minibatches; use {math.ceil(low / multiple) * multiple} steps or fewer minibatches"
         )
     return low, high, multiple
@@ -680,9 +697,8 @@ def check_args(args):
         fail(f"--env-id {args.env_id} is {kind}; did you mean {' or '.join(close)}?")
     at_least = dict.fromkeys("num_envs num_steps total_timesteps num_minibatches update_epochs adapt_interval".split(), 1)
     at_least |= dict.fromkeys("rollout_length_min divergence_window reference_batch_size video_episodes".split(), 1)
-    at_least |= dict.fromkeys(
-        "seed divergence_warmup eval_episodes microbatch_size env_pools env_threads torch_threads".split(), 0
-    )
+    at_least |= dict.fromkeys("seed divergence_warmup eval_episodes checkpoint_interval microbatch_size".split(), 0)
+    at_least |= dict.fromkeys("env_pools env_threads torch_threads".split(), 0)
     at_least |= {"max_episode_steps": 2}
     for name, bound in at_least.items():
         if getattr(args, name) < bound:
@@ -700,8 +716,15 @@ def check_args(args):
         fail(f"--kl-min {args.kl_min} must be less than --kl-max {args.kl_max}")
     if args.rollout_length_min > args.rollout_length_max:
         fail(f"--rollout-length-min {args.rollout_length_min} is above --rollout-length-max {args.rollout_length_max}")
-    if args.num_envs % max(1, args.env_pools):
-        fail(f"--num-envs {args.num_envs} does not divide into --env-pools {args.env_pools} equal groups")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.num_envs % world_size:
+        fail(f"--num-envs {args.num_envs} does not divide into {world_size} equal processes; use a multiple of {world_size}")
+    if args.num_envs // world_size % max(1, args.env_pools):
+        fail(f"--num-envs {args.num_envs // world_size} does not divide into --env-pools {args.env_pools} equal groups")
+    if args.cudagraphs and world_size > 1:
+        fail("--cudagraphs works with one process only; leave it out under torchrun")
+    if bool(args.resume) + args.auto_resume + args.eval_only > 1:
+        fail("--resume, --auto-resume and --eval-only exclude each other; use one of them")
     length_min, length_max, multiple = rollout_range(args)
     first_batch = args.num_envs * round_rollout_length(length_min, length_min, length_max, multiple)
     if args.total_timesteps < first_batch:
@@ -718,6 +741,147 @@ def check_args(args):
         fail(f"--eval-only writes eval.json beside the model, but {Path(args.model).parent} is read-only; copy the model")
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track needs Weights & Biases, which is not installed; run `pip install wandb` or leave --track out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Long runs: checkpoints, signals, several processes
+# ---------------------------------------------------------------------------------------------------------------------------
+
+# A run may be continued with other values of these: they say where it runs and what is done beside training.
+MAY_CHANGE = set(
+    "device torch_deterministic track wandb_project_name wandb_entity capture_video video_episodes eval_episodes eval_epsilon "
+    "eval_greedy eval_only model checkpoint_interval resume auto_resume compile microbatch_size env_pools env_threads "
+    "torch_threads".split()
+)
+
+
+def save_checkpoint(run_dir, content):
+    """Writes runs/<run>/checkpoint_<steps>.pt, beside and then renamed, so that no crash leaves half a file, and keeps the
+    last two. A disk that is full costs this checkpoint only: a line says so and training goes on."""
+    path = run_dir / f"checkpoint_{content['global_step']:012d}.pt"
+    part = Path(f"{path}.part")
+    try:
+        with part.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:
+        print(f"warning: cannot write the checkpoint {path} ({e}); training goes on without it", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        return
+    for old in sorted(run_dir.glob("checkpoint_*.pt"))[:-2]:
+        old.unlink(missing_ok=True)
+
+
+def load_checkpoint(run_dir):
+    """The newest checkpoint of a run that can be read, a dict on the CPU; None where there is none. Names damaged ones."""
+    for path in sorted(run_dir.glob("checkpoint_*.pt"), reverse=True):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:
+            reason = str(e).strip().split("\n")[0][:100] or type(e).__name__
+            print(f"warning: {path} is damaged ({reason}); looking for the one before", file=sys.stderr, flush=True)
+    return None
+
+
+def saved_args(run_dir):
+    """The Args of a run, from its args.json; None where there is no such file of this script."""
+    try:
+        return Args(**json.loads((run_dir / "args.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def find_run(args):
+    """What --resume and --auto-resume continue: (Args, folder, checkpoint), or (args, None, None) where that is a new run.
+
+    Fails with one line where the run has other arguments or no checkpoint, and ends the script where it is finished.
+    """
+    names = [field.name for field in dataclasses.fields(Args) if field.name not in MAY_CHANGE]
+    run_dir = checkpoint = None
+    if args.resume:
+        run_dir = Path(args.resume)
+        saved = saved_args(run_dir)
+        if saved is None:
+            fail(f"--resume {run_dir} is no run of {Path(__file__).name}; give the folder of one, runs/<run>")
+        args = parse_args(default=saved)
+        check_args(args)
+        extended = args.total_timesteps > saved.total_timesteps
+        changed = [n for n in names if getattr(args, n) != getattr(saved, n) and not (extended and n == "total_timesteps")]
+        if changed:
+            was = ", ".join(f"--{n.replace('_', '-')} (was {getattr(saved, n)}, not {getattr(args, n)})" for n in changed)
+            fail(f"--resume continues a run with its own arguments; leave out {was}")
+        if not os.access(run_dir, os.W_OK):
+            fail(f"--resume writes to {run_dir}, which is read-only; copy the run to where you may write")
+        checkpoint = load_checkpoint(run_dir)
+        if checkpoint is None:
+            fail(f"{run_dir} has no checkpoint that can be read; start the run anew")
+    elif args.auto_resume:
+        runs = sorted(Path("runs").glob(f"{glob.escape(f'{args.env_id}__{args.exp_name}__{args.seed}__')}*"), reverse=True)
+        for run_dir in runs:
+            saved = saved_args(run_dir)
+            same = saved and all(getattr(args, n) in ("auto", getattr(saved, n)) for n in names)
+            checkpoint = load_checkpoint(run_dir) if same else None
+            if checkpoint:
+                args.precision = saved.precision
+                break
+    if checkpoint is None:
+        return args, None, None
+    if checkpoint["finished"] and args.total_timesteps <= checkpoint["args"]["total_timesteps"]:
+        print(
+            f"{run_dir} is finished ({checkpoint['global_step']:,} steps); --resume with a larger --total-timesteps extends it"
+        )
+        sys.exit()
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if len(checkpoint["random_states"]) != world_size:
+        fail(f"{run_dir} was trained by {len(checkpoint['random_states'])} processes, not {world_size}; use as many again")
+    return args, run_dir, checkpoint
+
+
+def catch_signals():
+    """From now on the first SIGTERM or SIGINT appears in the list that is returned, for the training loop to stop at the end
+    of its iteration; with anything in the list, a signal ends the script at once."""
+    received = []
+
+    def handler(number, frame):
+        if received:
+            print("stopped; --resume continues the run from its last checkpoint", flush=True)
+            sys.exit(128 + number)
+        received.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+    return received
+
+
+def reduce_numbers(numbers, op=dist.ReduceOp.AVG):
+    """Mean (or maximum, with ReduceOp.MAX) of each number over the processes of torchrun, a list of floats."""
+    if not dist.is_initialized():
+        return numbers
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    scale = dist.get_world_size() if op == dist.ReduceOp.AVG else 1  # gloo has no AVG
+    numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(numbers, dist.ReduceOp.SUM if op == dist.ReduceOp.AVG else op)
+    return (numbers / scale).tolist()
+
+
+def average_gradients(network):
+    """Replaces all gradients by their mean over the processes of torchrun; alone, it does nothing."""
+    if dist.is_initialized():
+        gradients = nn.utils.parameters_to_vector(p.grad for p in network.parameters())
+        dist.all_reduce(gradients)
+        gradients /= dist.get_world_size()
+        for p, gradient in zip(network.parameters(), gradients.split([p.numel() for p in network.parameters()]), strict=True):
+            p.grad.copy_(gradient.view_as(p))
+
+
+class NoWriter:
+    """Stands in for the SummaryWriter of all processes but the first."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -781,33 +945,48 @@ class CUDAGraphed:
 if __name__ == "__main__":
     args = parse_args()
     check_args(args)
+    args, run_dir, checkpoint = find_run(args)
+    received_signals = catch_signals()
+
+    # Several processes (torchrun): each has its share of the environments, the first one logs, evaluates and saves
+    rank, world_size, local_rank = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    num_envs = args.num_envs // world_size
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    cores = max(1, granted_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", local_rank) if args.device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.precision == "auto":
         args.precision = "bfloat16" if bfloat16_is_fast(device) else "float32"
     if args.compile and not compiler_is_there(device):
         print(f"--compile finds no {'Triton' if device.type == 'cuda' else 'C++ compiler'} here: running eagerly", flush=True)
         args.compile = False
     args.cudagraphs = args.cudagraphs and device.type == "cuda"
-    args.env_threads = args.env_threads or granted_cores()
-    torch.set_num_threads(args.torch_threads or granted_cores())
+    env_threads = args.env_threads or cores
+    torch.set_num_threads(args.torch_threads or cores)
 
     if args.eval_only:
         network, model_env_id = load_model(args.model, device)
         if args.env_id not in (Args.env_id, model_env_id):
             fail(f"--model {args.model} was trained on {model_env_id}, not on {args.env_id}; leave --env-id out")
         args.env_id = model_env_id
+        received_signals.append(0)  # a signal need not wait
         evaluate_and_record(speed_up(network, args.precision, device), args, device, Path(args.model).parent)
         sys.exit()
 
     # Environments, in groups (pools) of which one is emulated while the network acts for another
-    num_pools = args.env_pools or (2 if device.type == "cuda" and args.num_envs % 2 == 0 else 1)
-    seeds = env_seeds(args.seed, args.num_envs)
-    groups = [slice(i, i + args.num_envs // num_pools) for i in range(0, args.num_envs, args.num_envs // num_pools)]
+    num_pools = args.env_pools or (2 if device.type == "cuda" and num_envs % 2 == 0 else 1)
+    seeds = env_seeds(args.seed, args.num_envs, start=checkpoint["global_step"] if checkpoint else 0)
+    seeds = seeds[rank * num_envs : (rank + 1) * num_envs]
+    groups = [slice(i, i + num_envs // num_pools) for i in range(0, num_envs, num_envs // num_pools)]
     limits = (args.max_episode_steps, args.sticky_action_probability, args.episodic_life)
-    pools = [AtariEnvs(args.env_id, seeds[group], args.env_threads, *limits) for group in groups]
+    pools = [AtariEnvs(args.env_id, seeds[group], env_threads, *limits) for group in groups]
     num_actions = pools[0].num_actions
 
     # Network
@@ -822,8 +1001,8 @@ if __name__ == "__main__":
     if args.cudagraphs:
         act_step, update_step = CUDAGraphed(act_step), CUDAGraphed(update_step)
     # Training draws from one generator and measuring from another, so measuring changes no run.
-    rng = torch.Generator(device).manual_seed(args.seed)
-    reference_rng = torch.Generator(device).manual_seed(args.seed)
+    rng = torch.Generator(device).manual_seed(args.seed + (rank << 32))
+    reference_rng = torch.Generator(device).manual_seed(args.seed + (rank << 32))
 
     # Adaptive Batch Scaling
     length_min, length_max, length_multiple = rollout_range(args)
@@ -832,16 +1011,47 @@ if __name__ == "__main__":
     noise_scales = deque(maxlen=args.divergence_window)  # (noise, signal)
     num_measurements = 0
 
+    # Progress, or where the checkpoint left it
+    global_step = iteration = 0
+    recent_returns = deque(maxlen=100)
+    schedule_timesteps = args.total_timesteps
+    if checkpoint:
+        try:
+            network.load_state_dict(checkpoint["weights"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError):
+            fail(f"{run_dir} holds another network; resume it with the script that began it")
+        optimizer.param_groups[0]["lr"] = learning_rate
+        global_step, iteration, num_measurements = (checkpoint[n] for n in ("global_step", "iteration", "num_measurements"))
+        rollout_length, schedule_timesteps = checkpoint["rollout_length"], checkpoint["schedule_timesteps"]
+        for name, values in (("divergences", divergences), ("noise_scales", noise_scales), ("recent_returns", recent_returns)):
+            values.extend(checkpoint[name])
+        for generator, random_state in zip((rng, reference_rng), checkpoint["random_states"][rank], strict=True):
+            try:
+                generator.set_state(random_state)
+            except RuntimeError:  # another kind of device has another kind of generator
+                generator.manual_seed(args.seed + (rank << 32) + global_step)
+
     # Run folder and logs
-    run_dir = make_run_dir(args)
+    run_dir = run_dir or (make_run_dir(args) if rank == 0 else None)
+    if world_size > 1:
+        dist.broadcast_object_list(folder := [run_dir])
+        run_dir = folder[0]
     shortest, longest = (round_rollout_length(n, length_min, length_max, length_multiple) for n in (length_min, length_max))
+    threads = f"{torch.get_num_threads()} PyTorch and {env_threads} emulator threads" + f", {world_size} processes" * (
+        world_size > 1
+    )
     print(
-        f"{args.env_id} on {device.type} ({args.precision}, {torch.get_num_threads()} PyTorch and {args.env_threads} emulator "
-        f"threads), {sum(p.numel() for p in network.parameters()):,} parameters, batches of {args.num_envs * shortest:,} to "
-        f"{args.num_envs * longest:,} samples in multiples of {args.num_envs * length_multiple:,}: {run_dir}",
+        f"{args.env_id} on {device.type} ({args.precision}, {threads}), {sum(p.numel() for p in network.parameters()):,} "
+        f"parameters, batches of {args.num_envs * shortest:,} to {args.num_envs * longest:,} samples in multiples of "
+        f"{args.num_envs * length_multiple:,}: {run_dir}",
         flush=True,
     )
-    if args.track:
+    if checkpoint:
+        print(f"continuing at step {global_step:,} of {args.total_timesteps:,}; running games start anew", flush=True)
+    if args.total_timesteps > schedule_timesteps:
+        print(f"schedules (learning rate, exploration) stay those of the first {schedule_timesteps:,} steps", flush=True)
+    if args.track and rank == 0:
         import wandb
 
         wandb.init(
@@ -850,26 +1060,56 @@ if __name__ == "__main__":
             sync_tensorboard=True,
             config=vars(args),
             name=run_dir.name,
+            id=run_dir.name,
+            resume="allow",
             save_code=True,
         )
-    writer = SummaryWriter(str(run_dir))
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-    write_json(run_dir / "args.json", vars(args))
+    # After a crash the curves may have points beyond the checkpoint: purge_step takes them out
+    writer = SummaryWriter(str(run_dir), purge_step=global_step + 1 if checkpoint else None) if rank == 0 else NoWriter()
+    settings = vars(args) | {"resume": "", "auto_resume": False}
+    if not checkpoint:
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in settings.items()))
+    if rank == 0:
+        write_json(run_dir / "args.json", settings)
 
     # Storage, allocated once for the longest rollout; shorter ones use its beginning
-    obs = torch.zeros((longest + 1, args.num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
-    actions = torch.zeros((longest, args.num_envs), dtype=torch.int64, device=device)
-    log_probs = torch.zeros((longest + 1, args.num_envs), device=device)
-    values = torch.zeros((longest + 1, args.num_envs), device=device)
-    rewards = torch.zeros((longest, args.num_envs))
-    terminations = torch.zeros((longest, args.num_envs), dtype=torch.bool)
-    dones = torch.zeros((longest, args.num_envs), dtype=torch.bool)
-    is_transition = torch.zeros((longest, args.num_envs), dtype=torch.bool)
+    obs = torch.zeros((longest + 1, num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
+    actions = torch.zeros((longest, num_envs), dtype=torch.int64, device=device)
+    log_probs = torch.zeros((longest + 1, num_envs), device=device)
+    values = torch.zeros((longest + 1, num_envs), device=device)
+    rewards = torch.zeros((longest, num_envs))
+    terminations = torch.zeros((longest, num_envs), dtype=torch.bool)
+    dones = torch.zeros((longest, num_envs), dtype=torch.bool)
+    is_transition = torch.zeros((longest, num_envs), dtype=torch.bool)
 
-    global_step = iteration = 0
-    recent_returns = deque(maxlen=100)
-    bar = tqdm(total=args.total_timesteps, unit=" steps", unit_scale=True, disable=not sys.stdout.isatty(), file=sys.stdout)
-    last_log = start_time = time.time()
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True, file=sys.stdout, disable=None)
+    start_step, last_checkpoint_step, last_log = global_step, global_step, time.time()
+    start_time = last_checkpoint_time = last_log
+
+    def training_state(finished=False):
+        """All that a checkpoint holds: everything but the games, which the emulator cannot save."""
+        random_states = [None] * world_size
+        states = [rng.get_state(), reference_rng.get_state()]
+        if world_size > 1:
+            dist.all_gather_object(random_states, states)
+        else:
+            random_states = [states]
+        return {
+            "weights": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "random_states": random_states,
+            "args": settings,
+            "global_step": global_step,
+            "iteration": iteration,
+            "num_measurements": num_measurements,
+            "rollout_length": rollout_length,
+            "divergences": list(divergences),
+            "noise_scales": list(noise_scales),
+            "recent_returns": list(recent_returns),
+            "schedule_timesteps": schedule_timesteps,
+            "finished": finished,
+        }
+
     length = 0  # of the previous rollout, whose last observation is the first of the next
     obs[0] = torch.from_numpy(np.concatenate([envs.reset() for envs in pools]))
 
@@ -882,7 +1122,7 @@ if __name__ == "__main__":
         iteration_start = time.perf_counter()
         learning_rate = args.learning_rate
         if args.anneal_lr:
-            learning_rate *= 1 - global_step / args.total_timesteps
+            learning_rate *= max(0.0, 1 - global_step / schedule_timesteps)
             if args.cudagraphs:  # a graph reads the tensor it was recorded with
                 optimizer.param_groups[0]["lr"].fill_(learning_rate)
             else:
@@ -894,7 +1134,7 @@ if __name__ == "__main__":
         # Rollout: step t acts on obs[t] and receives obs[t + 1]; the last pass only takes the values to bootstrap from
         obs[0] = obs[previous_length]
         steps = [global_step + args.num_envs * (t + 1) for t in range(length)]
-        noise = gumbel_noise((length, args.num_envs, num_actions), rng)
+        noise = gumbel_noise((length, num_envs, num_actions), rng)
         emulation_time = inference_time = 0.0
         with torch.no_grad():
             for t, (envs, group) in itertools.product(range(length + 1), zip(pools, groups, strict=True)):
@@ -930,19 +1170,22 @@ if __name__ == "__main__":
         batch = (actions[:length], log_probs[:length], advantages, advantages + b_values, b_values)
         batch = (b_obs, *(x.flatten().to(device) for x in batch))
         b_weights = is_transition[:length].flatten().float().to(device)
-        minibatch_size = batch_size // args.num_minibatches
+        minibatch_size = length * num_envs // args.num_minibatches
         epochs = args.update_epochs
         if args.scale_epochs:
             epochs = max(epochs, round(epochs * length / args.num_steps))
 
+        # Nothing can be measured where the rollout of any process is nothing but reset steps
+        measure = measure and not reduce_numbers([float(not b_weights.any())], dist.ReduceOp.MAX)[0]
+
         # The gradient noise scale, the rival signal, needs the gradients of an epoch's minibatches at unchanged parameters
-        if measure and args.log_noise_scale and b_weights.any():
+        if measure and args.log_noise_scale:
             start, gradients = time.perf_counter(), []
-            for inds in torch.randperm(batch_size, generator=reference_rng, device=device).split(minibatch_size):
+            for inds in torch.randperm(length * num_envs, generator=reference_rng, device=device).split(minibatch_size):
                 mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
                 gradient_step(*(x.index_select(0, inds) for x in batch), mb_weights)
                 gradients.append(nn.utils.parameters_to_vector(p.grad for p in network.parameters()))
-            noise_scales.append(gradient_noise_scale(gradients, float(b_weights.sum()) / args.num_minibatches))
+            noise_scales.append(gradient_noise_scale(gradients, float(b_weights.sum()) * world_size / args.num_minibatches))
             noise, signal = np.mean(noise_scales, axis=0)
             b_simple = noise / signal if signal > 0 else math.inf  # a ratio of means, not a mean of ratios
             writer.add_scalar("gns/noise", noise_scales[-1][0], global_step)
@@ -952,7 +1195,7 @@ if __name__ == "__main__":
 
         logs = torch.zeros(len(LOSSES), device=device)
         for _ in range(epochs):
-            for inds in torch.randperm(batch_size, generator=rng, device=device).split(minibatch_size):
+            for inds in torch.randperm(length * num_envs, generator=rng, device=device).split(minibatch_size):
                 mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
                 logs += update_step(*(x.index_select(0, inds) for x in batch), mb_weights)
         losses = (logs / (epochs * args.num_minibatches)).tolist()
@@ -961,23 +1204,25 @@ if __name__ == "__main__":
             fail(f"the loss is no longer finite at step {global_step}; a lower --learning-rate may help ({run_dir})", code=1)
 
         # Adaptive Batch Scaling: how far did this iteration move the policy, and how long should the next rollouts be?
-        if measure and b_weights.any():  # a rollout of reset steps alone has no states
+        if measure:
             start = time.perf_counter()
             states = b_weights.nonzero().squeeze(1)
-            states = states[torch.randperm(len(states), generator=reference_rng, device=device)][: args.reference_batch_size]
+            states = states[torch.randperm(len(states), generator=reference_rng, device=device)]
+            states = states[: max(1, args.reference_batch_size // world_size)]
             new_logits, old_logits = policy_logits(network, b_obs[states]), policy_logits(old_network, b_obs[states])
-            divergences.append(kl_divergence(new_logits, old_logits))
+            divergence = behavioral_divergence(new_logits.argmax(1), old_logits.argmax(1))
+            kl, divergence = reduce_numbers([kl_divergence(new_logits, old_logits), divergence])
+            divergences.append(kl)
             num_measurements += 1
             mean_divergence = sum(divergences) / len(divergences)
             target = rollout_length
             if args.adapt_signal == "time":
-                target = length_min + (length_max - length_min) * global_step / args.total_timesteps
+                target = length_min + (length_max - length_min) * min(1, global_step / schedule_timesteps)
             elif num_measurements >= args.divergence_warmup:
                 bounds = (length_min, length_max, args.kl_min, args.kl_max)
                 target = target_rollout_length(mean_divergence, *bounds, args.schedule)
             rollout_length = (1 - args.rollout_smoothing) * rollout_length + args.rollout_smoothing * target
-            divergence = behavioral_divergence(new_logits.argmax(1), old_logits.argmax(1))
-            writer.add_scalar("abs/kl", divergences[-1], global_step)
+            writer.add_scalar("abs/kl", kl, global_step)
             writer.add_scalar("abs/kl_mean", mean_divergence, global_step)
             writer.add_scalar("abs/divergence", divergence, global_step)
             writer.add_scalar("time/divergence", time.perf_counter() - start, global_step)
@@ -1009,12 +1254,42 @@ if __name__ == "__main__":
                 flush=True,
             )
 
+        # Checkpoint, when it is time or a signal asks to stop; the processes do it together
+        due = time.time() - last_checkpoint_time >= 300
+        if args.checkpoint_interval:
+            due = global_step - last_checkpoint_step >= args.checkpoint_interval
+        stop, due = reduce_numbers([max(received_signals, default=0), rank == 0 and due], dist.ReduceOp.MAX)
+        if stop or due:
+            state = training_state()
+            if rank == 0:
+                writer.flush()  # the curves on disk reach as far as the checkpoint
+                save_checkpoint(run_dir, state)
+            last_checkpoint_step, last_checkpoint_time = global_step, time.time()
+        if stop:
+            bar.close()
+            print(
+                f"stopped by a signal at step {global_step:,}; to continue: python {Path(__file__).name} --resume {run_dir}",
+                flush=True,
+            )
+            writer.close()
+            sys.exit(128 + int(stop))
+
     bar.close()
     for envs in pools:
         envs.close()
+    state = training_state()
+    if world_size > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        sys.exit()
+    received_signals.append(0)  # from here on, a signal need not wait
+    writer.flush()
+    save_checkpoint(run_dir, state)
     save_model(network, args, global_step, run_dir / "model.pt")
-    print(f"trained {global_step:,} steps in {time.time() - start_time:.0f} s: {run_dir / 'model.pt'}", flush=True)
+    trained = f"trained {global_step - start_step:,} steps in {time.time() - start_time:.0f} s"
+    print(f"{trained}: {run_dir / 'model.pt'}", flush=True)
     for name, value in evaluate_and_record(network, args, device, run_dir).items():
         if isinstance(value, float):
             writer.add_scalar(f"eval/{name}", value, global_step)
+    save_checkpoint(run_dir, state | {"finished": True})
     writer.close()

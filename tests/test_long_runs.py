@@ -1,0 +1,359 @@
+"""Checkpoints, resuming, signals and several processes: a run that is stopped anywhere goes on as if it had not been."""
+
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import DISTINCT, ROOT, run_script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+PQN = "pqn_abs_atari.py"
+SIZE = (
+    "--env-id Pong-v5 --num-envs 8 --rollout-length-min 4 --rollout-length-max 16 --num-minibatches 2 --adapt-interval 2 "
+    "--max-episode-steps 200 --eval-episodes 2 --torch-threads 1 --env-threads 1 --total-timesteps"
+).split()
+SCALARS_OF_EVERY_ITERATION = "abs/rollout_length charts/SPS charts/learning_rate losses/grad_norm time/learning".split()
+
+
+def start(script, *arguments, cwd, command=(sys.executable,)):
+    """Starts a script in the background."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    arguments = [*command, str(ROOT / script), *map(str, arguments)]
+    return subprocess.Popen(arguments, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process, seconds=120):
+    """Waits until something is so while the process runs."""
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def interrupt(script, folder, *arguments, number=signal.SIGTERM, after=1):
+    """Runs a script until it has so many checkpoints, then sends the signal. Returns its folder, return code and output."""
+    process = start(script, *arguments, cwd=folder)
+    wait_for(lambda: len(list(folder.glob("runs/*/checkpoint_*.pt"))) >= after, process)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    (run_dir,) = folder.glob("runs/*")
+    return run_dir, process.returncode, output, errors
+
+
+def checkpoints(run_dir):
+    return sorted(run_dir.glob("checkpoint_*.pt"))
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def curves(run_dir):
+    """Every scalar as (step, value), as TensorBoard shows it."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def assert_curves_are_whole(run_dir, num_envs=8):
+    """Every agent step belongs to one iteration: no gap, no double."""
+    scalars = curves(run_dir)
+    batches = scalars["abs/batch_size"]
+    assert [step for step, _ in batches] == list(itertools.accumulate(int(b) for _, b in batches))
+    for name in SCALARS_OF_EVERY_ITERATION:
+        assert [step for step, _ in scalars[name]] == [step for step, _ in batches], name
+    return scalars
+
+
+def same(a, b):
+    """Equality of nested dicts, lists and tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.fixture(scope="module", params=DISTINCT)
+def stopped(request, tmp_path_factory):
+    """A run that SIGTERM ended after a checkpoint or two: (script, run folder, return code, output, errors)."""
+    folder = tmp_path_factory.mktemp("stopped")
+    return request.param, *interrupt(request.param, folder, *SIZE, 2400, "--checkpoint-interval", 100, after=2)
+
+
+@pytest.fixture
+def copy(stopped, tmp_path):
+    """A copy of that run which a test may spoil: (script, run folder)."""
+    script, run_dir, *_ = stopped
+    return script, shutil.copytree(run_dir, tmp_path / "runs" / run_dir.name)
+
+
+pqn_only = pytest.mark.parametrize("stopped", [PQN], indirect=True)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(stopped):
+    """Exit code 143, one line with the command to resume, a checkpoint of the last iteration, no half-written file."""
+    script, run_dir, code, output, errors = stopped
+    assert code == 143 and not errors
+    last = output.splitlines()[-1]
+    assert f"python {script} --resume runs/{run_dir.name}" in last
+    step = load(checkpoints(run_dir)[-1])["global_step"]
+    assert f"step {step:,};" in last and curves(run_dir)["abs/batch_size"][-1][0] == step
+    assert len(checkpoints(run_dir)) == 2
+    assert sorted(p.name.split(".")[0].split("_")[0] for p in run_dir.iterdir()) == [
+        "args",
+        "checkpoint",
+        "checkpoint",
+        "events",
+    ]
+
+
+def test_resume_continues_to_the_end(copy, tmp_path):
+    """--resume alone takes the run's own arguments to its end; curves have neither gap nor double; then it is finished."""
+    script, run_dir = copy
+    before = curves(run_dir)
+    result = run_script(script, "--resume", run_dir.relative_to(tmp_path), "--checkpoint-interval", 0, cwd=tmp_path)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    assert re.search(r"continuing at step [\d,]+ of 2,400", result.stdout)
+    after = assert_curves_are_whole(run_dir)
+    for name, points in before.items():
+        assert after[name][: len(points)] == points, name
+    assert after["abs/batch_size"][-1][0] == load(run_dir / "model.pt")["global_step"] > 2200
+    assert (run_dir / "eval.json").exists() and len(checkpoints(run_dir)) == 2
+    again = run_script(script, "--resume", run_dir.relative_to(tmp_path), cwd=tmp_path)
+    assert again.returncode == 0 and "finished" in again.stdout and len(again.stdout.splitlines()) == 1 and not again.stderr
+    assert assert_curves_are_whole(run_dir) == after
+
+
+def test_nothing_but_the_games_differs(copy, tmp_path):
+    """A run resumed with no step left to do saves again what it loaded: weights, optimizer, counters, window."""
+    script, run_dir = copy
+    old = load(checkpoints(run_dir)[-1])
+    args = json.loads((run_dir / "args.json").read_text())
+    (run_dir / "args.json").write_text(json.dumps(args | {"total_timesteps": old["global_step"] + 1}))
+    result = run_script(script, "--resume", run_dir, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    new = load(checkpoints(run_dir)[-1])
+    assert new.pop("finished") and not old.pop("finished")
+    assert old.pop("args")["total_timesteps"] == 2400 and new.pop("args")["total_timesteps"] == old["global_step"] + 1
+    assert same(old, new) and old["num_measurements"] > 2 and old["optimizer"]["state"]
+    assert old["iteration"] > 4 and isinstance(old["rollout_length"], float) and len(old["random_states"]) == 1
+
+
+@pqn_only
+def test_points_beyond_the_checkpoint_are_taken_out(copy, tmp_path):
+    """After a crash the curves reach further than the checkpoint; the resumed run draws them anew, once."""
+    script, run_dir = copy
+    first, last = checkpoints(run_dir)
+    last.unlink()
+    step = load(first)["global_step"]
+    assert curves(run_dir)["abs/batch_size"][-1][0] > step
+    assert run_script(script, "--resume", run_dir, cwd=tmp_path).returncode == 0
+    assert_curves_are_whole(run_dir)
+
+
+@pqn_only
+def test_killed_at_any_moment(stopped, tmp_path):
+    """kill -9 leaves a run that can be resumed from its last checkpoint."""
+    script, moment = stopped[0], random.Random(0)
+    process = start(script, *SIZE, 1000, "--checkpoint-interval", 32, cwd=tmp_path)  # saves nearly all the time
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint_*.pt")), process)
+    time.sleep(moment.uniform(0, 3))
+    process.kill()
+    process.communicate()
+    (run_dir,) = tmp_path.glob("runs/*")
+    result = run_script(script, "--resume", run_dir, "--checkpoint-interval", 0, cwd=tmp_path)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    assert_curves_are_whole(run_dir)
+
+
+@pqn_only
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_damaged_checkpoint(copy, damage, tmp_path):
+    """A checkpoint that cannot be read is named, and the one before is used."""
+    script, run_dir = copy
+    first, last = checkpoints(run_dir)
+    step, content = load(first)["global_step"], bytearray(last.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 0xFF
+    last.write_bytes({"truncated": content[: len(content) // 2], "empty": b""}.get(damage, content))
+    result = run_script(script, "--resume", run_dir, cwd=tmp_path)
+    assert result.returncode == 0
+    (line,) = result.stderr.splitlines()
+    assert last.name in line and "damaged" in line
+    assert f"continuing at step {step:,} " in result.stdout
+    assert_curves_are_whole(run_dir)
+
+
+@pqn_only
+def test_no_checkpoint_left(copy, tmp_path):
+    """Where nothing can be read, --resume says so and changes nothing; --auto-resume starts anew."""
+    script, run_dir = copy
+    for path in checkpoints(run_dir):
+        path.write_bytes(b"")
+    result = run_script(script, "--resume", run_dir, cwd=tmp_path)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 3
+    assert result.stderr.splitlines()[-1].startswith("error: ") and "no checkpoint" in result.stderr
+    arguments = (*SIZE, 2400, "--auto-resume", "--total-timesteps", 100, "--eval-episodes", 0)
+    assert run_script(script, *arguments, cwd=tmp_path).returncode == 0
+    assert len(list(tmp_path.glob("runs/*"))) == 2
+
+
+@pqn_only
+def test_other_arguments_are_refused(copy, run_here, tmp_path):
+    """What would change the result is named and refused; what only says where and how it runs is not."""
+    script, run_dir = copy
+    changed = "--learning-rate 1e-3 --no-adapt-rollout --seed 2 --total-timesteps 2000".split()
+    result = run_here(script, "--resume", run_dir, *changed)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    for flag in ("--learning-rate (was 0.00025, not 0.001)", "--adapt-rollout", "--seed", "--total-timesteps"):
+        assert flag in result.stderr
+    assert "--num-envs" not in result.stderr
+    for arguments, hint in (
+        (["--resume", tmp_path / "runs"], "no run of"),
+        (["--resume", run_dir, "--auto-resume"], "exclude each other"),
+        (["--resume", run_dir, "--env-id", "Breakot-v5"], "Breakout-v5"),
+    ):
+        result = run_here(script, *arguments)
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and hint in result.stderr, result.stderr
+    result = run_here("pqn_l_abs_atari.py", "--resume", run_dir)
+    assert result.returncode == 2 and "another network" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pqn_only
+def test_auto_resume(copy, tmp_path):
+    """Continues the newest run with the same arguments, starts a new one where there is none, and leaves a finished one."""
+    script, run_dir = copy
+    arguments = (*SIZE, 2400, "--checkpoint-interval", 100, "--auto-resume")
+    other = run_script(script, *arguments, "--gamma", 0.5, "--total-timesteps", 100, "--eval-episodes", 0, cwd=tmp_path)
+    assert other.returncode == 0 and "continuing" not in other.stdout and len(list(tmp_path.glob("runs/*"))) == 2
+    result = run_script(script, *arguments, cwd=tmp_path)
+    assert result.returncode == 0 and "continuing" in result.stdout and run_dir.name in result.stdout, result.stderr
+    again = run_script(script, *arguments, cwd=tmp_path)
+    assert again.returncode == 0 and f"{run_dir.name} is finished" in again.stdout
+    assert len(list(tmp_path.glob("runs/*"))) == 2
+    assert_curves_are_whole(run_dir)
+
+
+@pqn_only
+def test_extension_keeps_the_schedules(stopped, tmp_path):
+    """A finished run goes on with a larger total; epsilon and learning rate stay on the first run's lines, as a line says."""
+    script = stopped[0]
+    flags = ("--anneal-lr", "--exploration-fraction", 1)
+    assert run_script(script, *SIZE, 1000, *flags, cwd=tmp_path).returncode == 0
+    (run_dir,) = tmp_path.glob("runs/*")
+    result = run_script(script, "--resume", run_dir, "--total-timesteps", 1500, cwd=tmp_path)
+    assert result.returncode == 0 and "stay those of the first 1,000 steps" in result.stdout, result.stderr
+    scalars = assert_curves_are_whole(run_dir)
+    batches = scalars["abs/batch_size"]
+    assert batches[-1][0] > 1400
+    for (step, batch), (_, rate), (_, epsilon) in zip(
+        batches, scalars["charts/learning_rate"], scalars["charts/epsilon"], strict=True
+    ):
+        assert rate == pytest.approx(2.5e-4 * max(0, 1 - (step - batch) / 1000), abs=1e-9)
+        assert epsilon == pytest.approx(max(0.001, 1 - 0.999 * step / 1000), abs=1e-6)
+    assert json.loads((run_dir / "args.json").read_text())["total_timesteps"] == 1500
+    assert run_script(script, "--resume", run_dir, cwd=tmp_path).stdout.count("finished") == 1
+
+
+@pqn_only
+def test_sigint_and_impatience(stopped, tmp_path):
+    """Ctrl-C saves and exits with 130; during the evaluation, which can be done again, a signal ends the run at once."""
+    script = stopped[0]
+    run_dir, code, output, errors = interrupt(
+        script, tmp_path, *SIZE, 2400, "--checkpoint-interval", 100, number=signal.SIGINT
+    )
+    assert code == 130 and not errors and "--resume runs/" in output.splitlines()[-1]
+    resume = ("--resume", run_dir, "--checkpoint-interval", 0, "--eval-episodes", 100, "--max-episode-steps", 200)
+    process = start(script, *resume, cwd=tmp_path)
+    wait_for(lambda: (run_dir / "model.pt").exists(), process)
+    process.terminate()
+    output, errors = process.communicate(timeout=20)
+    assert process.returncode == 143 and not errors and "--resume" in output.splitlines()[-1]
+    assert not (run_dir / "eval.json").exists()
+    assert run_script(script, "--resume", run_dir, "--eval-episodes", 2, cwd=tmp_path).returncode == 0
+    assert json.loads((run_dir / "eval.json").read_text())["episodes"] == 2
+
+
+@pqn_only
+def test_a_checkpoint_that_cannot_be_written(stopped, tmp_path):
+    """A full disk costs the checkpoint, not the run: a warning, and training goes on."""
+    script = stopped[0]
+    code = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**23, 2**23)); "  # a model of 7 MB fits, a checkpoint of 20 MB does not
+        f"sys.argv = sys.argv[1:]; runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
+    )
+    arguments = [*SIZE, "500", "--checkpoint-interval", "200"]
+    result = subprocess.run([sys.executable, "-c", code, script, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(line.startswith("warning: cannot write the checkpoint") for line in result.stderr.splitlines())
+    assert len(result.stderr.splitlines()) >= 3
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert not list(run_dir.glob("checkpoint*")) and (run_dir / "eval.json").exists()
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29571")
+KEEP_PARAMETERS = """
+import os, runpy, sys, torch
+script, sys.argv = sys.argv[1], sys.argv[1:]
+import torch.distributed as dist
+destroy = dist.destroy_process_group
+def keep_then_destroy():
+    g = sys._getframe(1).f_globals
+    torch.save({k: g[k] for k in ("rollout_length", "iteration", "num_measurements", "seeds")} |
+               {"weights": g["network"].state_dict(), "actions": g["actions"]}, f"rank{os.environ['RANK']}.pt")
+    destroy()
+dist.destroy_process_group = keep_then_destroy
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", DISTINCT)
+def test_two_processes_stay_one_policy(script, tmp_path):
+    """After many adaptations both processes have the same parameters and length; games and actions are their own; one logs."""
+    (tmp_path / "keep.py").write_text(KEEP_PARAMETERS)
+    command = (*TORCHRUN, str(tmp_path / "keep.py"))
+    process = start(script, *SIZE, 2500, "--adapt-interval", 1, cwd=tmp_path, command=command)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    first, second = (load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    for name in ("weights", "rollout_length", "iteration", "num_measurements"):
+        assert same(first[name], second[name]), name
+    assert first["num_measurements"] > 20 and first["rollout_length"] != 4
+    assert not set(first["seeds"]) & set(second["seeds"]) and len(first["seeds"]) == 4
+    assert not torch.equal(first["actions"], second["actions"])
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert_curves_are_whole(run_dir)
+    assert same(load(run_dir / "model.pt")["weights"], first["weights"])
+    assert len(load(checkpoints(run_dir)[-1])["random_states"]) == 2
+    assert output.count("trained") == 1 and "2 processes" in output
+
+
+def test_a_lost_process_ends_the_others(tmp_path):
+    """kill -9 of one process ends the run with an error within a minute; it does not hang."""
+    process = start(PQN, *SIZE, 10**6, cwd=tmp_path, command=TORCHRUN)
+    wait_for(lambda: list(tmp_path.glob("runs/*/args.json")), process)
+    time.sleep(2)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+
+
+def test_processes_must_share_evenly(tmp_path, run_here, monkeypatch):
+    """Environments that do not divide into the processes are refused in one line."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    result = run_here(PQN, "--num-envs", 128)
+    assert result.returncode == 2 and "use a multiple of 3" in result.stderr and len(result.stderr.splitlines()) == 1
