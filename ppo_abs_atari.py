@@ -19,7 +19,10 @@ PPO (Schulman et al., arXiv 1707.06347) with the settings of CleanRL, except tha
 rollout's length, and with it the batch, as training goes on: short while the policy still moves, long once it has settled. How
 much it moves is the KL divergence KL(old || new) of the action distributions that one iteration makes.
 
-@@KL
+The bounds of KL were chosen from measurements over 250,000 steps (annealed learning rate, rollouts of 32 steps, 16 gradient
+steps each, seed 1): from the first to the last fifth of training its mean went from 0.0010 to 0.0008 nats in Breakout (highest
+in between 0.0017), from 0.0015 to 0.0001 in Pong and from 0.0016 to 0.0007 in Qbert (highest 0.0021); 90 % of all measurements
+lay between 0.0001 and 0.0027. So rollouts are longest at 0.0003 nats and shortest at 0.003.
 
     python ppo_abs_atari.py --env-id Breakout-v5                  # ABS, the published settings
     python ppo_abs_atari.py --env-id Pong-v5 --no-adapt-rollout   # the fixed-batch baseline
@@ -44,6 +47,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
@@ -135,9 +139,9 @@ class Args:
     """longest rollout in steps per environment, L_max"""
     adapt_interval: int = 50
     """measure KL and adapt the length every so many iterations, K"""
-    kl_min: float = 0.001
+    kl_min: float = 0.0003
     """KL(old || new) in nats at or below which the target is L_max"""
-    kl_max: float = 0.1
+    kl_max: float = 0.003
     """KL(old || new) in nats at or above which the target is L_min"""
     schedule: Literal["log", "linear", "exp"] = "log"
     """how the target falls from L_max to L_min between the two KLs"""
@@ -779,6 +783,9 @@ def load_checkpoint(run_dir):
     """The newest checkpoint of a run that can be read, a dict on the CPU; None where there is none. Names damaged ones."""
     for path in sorted(run_dir.glob("checkpoint_*.pt"), reverse=True):
         try:
+            with zipfile.ZipFile(path) as archive:  # PyTorch does not look at the checksums that it writes
+                if archive.testzip():
+                    raise ValueError("wrong checksum")
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:
             reason = str(e).strip().split("\n")[0][:100] or type(e).__name__
@@ -807,7 +814,8 @@ def find_run(args):
         if saved is None:
             fail(f"--resume {run_dir} is no run of {Path(__file__).name}; give the folder of one, runs/<run>")
         args = parse_args(default=saved)
-        check_args(args)
+    check_args(args)
+    if args.resume:
         extended = args.total_timesteps > saved.total_timesteps
         changed = [n for n in names if getattr(args, n) != getattr(saved, n) and not (extended and n == "total_timesteps")]
         if changed:
@@ -943,9 +951,7 @@ class CUDAGraphed:
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    check_args(args)
-    args, run_dir, checkpoint = find_run(args)
+    args, run_dir, checkpoint = find_run(parse_args())
     received_signals = catch_signals()
 
     # Several processes (torchrun): each has its share of the environments, the first one logs, evaluates and saves

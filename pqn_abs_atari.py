@@ -43,6 +43,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
@@ -743,6 +744,9 @@ def load_checkpoint(run_dir):
     """The newest checkpoint of a run that can be read, a dict on the CPU; None where there is none. Names damaged ones."""
     for path in sorted(run_dir.glob("checkpoint_*.pt"), reverse=True):
         try:
+            with zipfile.ZipFile(path) as archive:  # PyTorch does not look at the checksums that it writes
+                if archive.testzip():
+                    raise ValueError("wrong checksum")
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:
             reason = str(e).strip().split("\n")[0][:100] or type(e).__name__
@@ -771,7 +775,8 @@ def find_run(args):
         if saved is None:
             fail(f"--resume {run_dir} is no run of {Path(__file__).name}; give the folder of one, runs/<run>")
         args = parse_args(default=saved)
-        check_args(args)
+    check_args(args)
+    if args.resume:
         extended = args.total_timesteps > saved.total_timesteps
         changed = [n for n in names if getattr(args, n) != getattr(saved, n) and not (extended and n == "total_timesteps")]
         if changed:
@@ -907,9 +912,7 @@ class CUDAGraphed:
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    check_args(args)
-    args, run_dir, checkpoint = find_run(args)
+    args, run_dir, checkpoint = find_run(parse_args())
     received_signals = catch_signals()
 
     # Several processes (torchrun): each has its share of the environments, the first one logs, evaluates and saves
