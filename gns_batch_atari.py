@@ -944,8 +944,9 @@ if __name__ == "__main__":
     if args.cudagraphs:
         act_step, update_step = CUDAGraphed(act_step), CUDAGraphed(update_step)
     # Training draws from one generator and measuring from another, so measuring changes no run.
-    rng = torch.Generator(device).manual_seed(args.seed + (rank << 32))
-    reference_rng = torch.Generator(device).manual_seed(args.seed + (rank << 32))
+    rank_seed = args.seed + 1_000_003 * rank  # within the 32 bits that the CPU's generator looks at
+    rng = torch.Generator(device).manual_seed(rank_seed)
+    reference_rng = torch.Generator(device).manual_seed(rank_seed)
 
     # Batch by gradient noise scale
     length_min, length_max, length_multiple = rollout_range(args)
@@ -973,7 +974,7 @@ if __name__ == "__main__":
             try:
                 generator.set_state(random_state)
             except RuntimeError:  # another kind of device has another kind of generator
-                generator.manual_seed(args.seed + (rank << 32) + global_step)
+                generator.manual_seed(rank_seed + global_step)
 
     # Run folder and logs
     run_dir = run_dir or (make_run_dir(args) if rank == 0 else None)
