@@ -313,7 +313,7 @@ destroy = dist.destroy_process_group
 def keep_then_destroy():
     g = sys._getframe(1).f_globals
     torch.save({k: g[k] for k in ("rollout_length", "iteration", "num_measurements", "seeds")} |
-               {"weights": g["network"].state_dict(), "actions": g["actions"]}, f"rank{os.environ['RANK']}.pt")
+               {"weights": g["network"].state_dict(), "random_states": [g["rng"].get_state(), g["reference_rng"].get_state()]}, f"rank{os.environ['RANK']}.pt")
     destroy()
 dist.destroy_process_group = keep_then_destroy
 runpy.run_path(script, run_name="__main__")
@@ -335,7 +335,8 @@ def test_two_processes_stay_one_policy(script, tmp_path):
     if script != "gns_batch_atari.py":  # the noise scale of so few samples asks for the shortest rollout
         assert first["rollout_length"] != 4
     assert not set(first["seeds"]) & set(second["seeds"]) and len(first["seeds"]) == 4
-    assert not torch.equal(first["actions"], second["actions"])
+    for one, other in zip(first["random_states"], second["random_states"], strict=True):
+        assert not torch.equal(one, other)
     (run_dir,) = tmp_path.glob("runs/*")
     assert_curves_are_whole(run_dir)
     assert same(load(run_dir / "model.pt")["weights"], first["weights"])
