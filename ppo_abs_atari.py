@@ -716,6 +716,8 @@ def check_args(args):
         fail("--eval-only needs --eval-episodes of 1 or more")
     if args.eval_only and Path(args.model).is_file() and not os.access(Path(args.model).parent, os.W_OK):
         fail(f"--eval-only writes eval.json beside the model, but {Path(args.model).parent} is read-only; copy the model")
+    if args.log_noise_scale and args.num_minibatches < 2:
+        fail(f"--log-noise-scale compares minibatches; use --num-minibatches 2 or more, not {args.num_minibatches}")
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track needs Weights & Biases, which is not installed; run `pip install wandb` or leave --track out")
 
@@ -938,7 +940,8 @@ if __name__ == "__main__":
         # The gradient noise scale, the rival signal, needs the gradients of an epoch's minibatches at unchanged parameters
         if measure and args.log_noise_scale and b_weights.any():
             start, gradients = time.perf_counter(), []
-            for inds in torch.randperm(batch_size, generator=reference_rng, device=device).split(minibatch_size):
+            noise_rng = torch.Generator(device).manual_seed(args.seed + iteration)  # its own, or logging would change the run
+            for inds in torch.randperm(batch_size, generator=noise_rng, device=device).split(minibatch_size):
                 mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
                 gradient_step(*(x.index_select(0, inds) for x in batch), mb_weights)
                 gradients.append(nn.utils.parameters_to_vector(p.grad for p in network.parameters()))

@@ -903,7 +903,8 @@ if __name__ == "__main__":
         # The gradient noise scale, the rival signal, needs the gradients of an epoch's minibatches at unchanged parameters
         if measure and args.log_noise_scale and b_weights.any():
             start, gradients = time.perf_counter(), []
-            for inds in torch.randperm(batch_size, generator=reference_rng, device=device).split(minibatch_size):
+            noise_rng = torch.Generator(device).manual_seed(args.seed + iteration)  # its own, or logging would change the run
+            for inds in torch.randperm(batch_size, generator=noise_rng, device=device).split(minibatch_size):
                 mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
                 gradient_step(*(x.index_select(0, inds) for x in batch), mb_weights)
                 gradients.append(nn.utils.parameters_to_vector(p.grad for p in network.parameters()))

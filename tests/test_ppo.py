@@ -12,7 +12,7 @@ scripts = pytest.mark.parametrize("script", modules_with("generalized_advantages
 
 
 def explicit_advantages(rewards, values, terminations, dones, next_values, gamma, gae_lambda):
-    """The advantage of every step as the explicit sum of (gamma lambda)^(k - t) times the k-th TD error, up to the first end."""
+    """The advantage of every step as the sum of (gamma lambda)^(k - t) times the k-th TD error, up to the first end."""
     num_steps, num_envs = rewards.shape
     advantages = torch.zeros((num_steps, num_envs), dtype=torch.float64)
     for env in range(num_envs):
@@ -57,9 +57,7 @@ def test_advantages_are_discounted_sums_of_td_errors(script, gae_lambda):
 @scripts
 def test_known_advantages(script):
     """Three steps by hand: gamma 0.5, lambda 0.5, values 2, 4, 8 and 16 at the end."""
-    rewards, values, next_values = (
-        torch.tensor(x).unsqueeze(1) for x in ([1.0, 2.0, 3.0], [2.0, 4.0, 8.0], [4.0, 8.0, 16.0])
-    )
+    rewards, values, next_values = (torch.tensor(x).unsqueeze(1) for x in ([1.0, 2.0, 3.0], [2.0, 4.0, 8.0], [4.0, 8.0, 16.0]))
     none = torch.zeros((3, 1), dtype=torch.bool)
     middle = torch.tensor([[False], [True], [False]])
     # TD errors: 1 + 2 - 2 = 1, 2 + 4 - 4 = 2 (or 2 - 4 = -2 where step 1 terminates), 3 + 8 - 8 = 3; gamma lambda = 1 / 4
@@ -182,7 +180,8 @@ def test_gumbel_noise(script):
     generator = torch.Generator().manual_seed(0)
     noise, again = script.gumbel_noise((200, 500), generator), script.gumbel_noise((200, 500), generator)
     assert noise.shape == (200, 500) and noise.dtype == torch.float32 and not noise.isnan().any()
-    assert float(noise.mean()) == pytest.approx(0.5772, abs=0.02) and float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=0.05)
+    assert float(noise.mean()) == pytest.approx(0.5772, abs=0.02)
+    assert float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=0.05)
     assert not torch.equal(noise, again)
     assert torch.equal(script.gumbel_noise((200, 500), torch.Generator().manual_seed(0)), noise)
 
