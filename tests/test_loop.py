@@ -146,7 +146,7 @@ def test_actions_are_greedy_but_for_epsilon(script, record):
 def sharp_policy(monkeypatch):
     """PPO's policy starts almost uniform, which many a wrong policy is; here its first one has clear preferences."""
     orthogonal = torch.nn.init.orthogonal_
-    monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda weight, gain=1: orthogonal(weight, 3 if gain == 0.01 else gain))
+    monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda weight, gain=1: orthogonal(weight, 10 if gain == 0.01 else gain))
 
 
 @torch.no_grad()
@@ -191,12 +191,13 @@ def test_ppo_losses_are_their_definition(script, record, sharp_policy):
 
 
 @ppo_scripts
-def test_kl_is_what_one_iteration_moved(script, record):
+def test_kl_is_what_one_iteration_moved(script, record, sharp_policy):
     """abs/kl is the mean KL(old || new) over the rollout's real states, abs/divergence the share of them whose most likely
     action differs, both between the networks before and after one iteration."""
-    options = "--env-id Pong-v5 --max-episode-steps 9 --learning-rate 3e-3 --no-anneal-lr --no-adapt-rollout".split()
+    options = "--env-id MsPacman-v5 --max-episode-steps 5 --learning-rate 1e-4 --no-anneal-lr --no-adapt-rollout".split()
     options += "--num-steps 30 --adapt-interval 1 --reference-batch-size 1000 --update-epochs 3".split()
     *_, old = record(script, *options, "--total-timesteps", 120, "--learning-rate", 1e-14)  # the network at the start
+    distances = []
     for iterations in (1, 2, 3):
         recorder, scalars, new = record(script, *options, "--total-timesteps", 120 * iterations)
         begin = 30 * (iterations - 1)
@@ -206,13 +207,14 @@ def test_kl_is_what_one_iteration_moved(script, record):
         kl = float(kl_divergence(old_policy, new_policy)[real].mean())
         changed = new_policy.logits.argmax(2) != old_policy.logits.argmax(2)
         assert len(scalars["abs/kl"]) == len(scalars["abs/divergence"]) == iterations and not real.all()
-        assert scalars["abs/kl"][-1] == pytest.approx(kl, rel=1e-3, abs=1e-6)
+        assert scalars["abs/kl"][-1] == pytest.approx(kl, rel=3e-4, abs=1e-7)
         assert scalars["abs/divergence"][-1] == pytest.approx(float(changed[real].float().mean()), abs=1e-6)
         everywhere = float(kl_divergence(old_policy, new_policy).mean())
         backward = float(kl_divergence(new_policy, old_policy)[real].mean())
-        assert min(abs(kl - everywhere), abs(kl - backward)) > 2e-3 * kl + 2e-6  # so a wrong mean or direction would show
+        distances.append((abs(everywhere / kl - 1), abs(backward / kl - 1)))
         old = new
     assert max(scalars["abs/divergence"]) > 0
+    assert min(map(max, zip(*distances, strict=True))) > 0.003, distances  # a wrong mean or direction would show
 
 
 @ppo_scripts
