@@ -1,4 +1,8 @@
-"""The training loop against its definition: EnvPool is recorded, and loss and divergence are computed anew from the record."""
+"""The training loop against its definition: EnvPool is recorded, and losses, divergence, KL and gradient noise scale are
+computed anew from the record."""
+
+import itertools
+import math
 
 import envpool
 import numpy as np
@@ -6,11 +10,16 @@ import pytest
 import torch
 from conftest import DISTINCT, MODULES
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_ppo import explicit_advantages
 from test_targets import forward_view
+from torch.distributions import Categorical, kl_divergence
 
 scripts = pytest.mark.parametrize("script", [name for name in DISTINCT if hasattr(MODULES[name], "q_lambda_returns")])
+ppo_scripts = pytest.mark.parametrize(
+    "script", [name for name in DISTINCT if hasattr(MODULES[name], "generalized_advantages")]
+)
 PLAIN = (
-    "--num-envs 4 --num-minibatches 1 --update-epochs 1 --eval-episodes 0 --precision float32 --device cpu --env-pools 1 "
+    "--num-envs 4 --update-epochs 1 --eval-episodes 0 --precision float32 --device cpu --env-pools 1 "
     "--torch-threads 1 --env-threads 1"
 ).split()
 
@@ -54,16 +63,15 @@ def record(run_here, monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr(envpool, "make", lambda *a, **k: recorders.append(Recorder(make(*a, **k))) or recorders[-1])
             before = set(tmp_path.glob("runs/*"))
-            result = run_here(script, *PLAIN, *arguments)
+            minibatches = ("--num-minibatches", 2 if script == "gns_batch_atari.py" else 1)  # one has no noise scale
+            result = run_here(script, *PLAIN, *minibatches, *arguments)
         assert result.returncode == 0, result.stderr
         (run_dir,) = set(tmp_path.glob("runs/*")) - before
         events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
         scalars = {name: [e.value for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
-        weights = torch.load(run_dir / "model.pt", weights_only=True)["weights"]
-        q_network = MODULES[script].QNetwork(len(weights["head.bias"]))
-        q_network.load_state_dict(weights)
+        network, _ = MODULES[script].load_model(run_dir / "model.pt", torch.device("cpu"))
         (recorder,) = recorders
-        return recorder, scalars, q_network
+        return recorder, scalars, network
 
     return record
 
@@ -94,10 +102,12 @@ def test_loss_and_values_are_their_definition(script, record):
         next_values = q_values[begin + 1 : begin + length + 1].max(2).values
         returns = forward_view(rewards[part], terminations[part], dones[part], next_values, 0.9, 0.7)
         real = ~is_reset[part]
+        begin += length
+        if script == "gns_batch_atari.py" and not real.all():
+            continue  # with two minibatches, samples of the one with more reset steps count more
         loss = ((taken[part] - returns) ** 2)[real].mean()
         assert scalars["losses/td_loss"][i] == pytest.approx(float(loss), rel=1e-4)
         assert scalars["losses/q_values"][i] == pytest.approx(float(taken[part][real].mean()), rel=1e-4, abs=1e-6)
-        begin += length
     assert begin == len(rewards) and len(set(scalars["abs/rollout_length"])) > 3
 
 
@@ -130,3 +140,137 @@ def test_actions_are_greedy_but_for_epsilon(script, record):
     recorder, _, _ = record(script, *options, "--start-e", 1, "--end-e", 1)
     counts = np.bincount(np.array(recorder.actions).flatten(), minlength=6)
     assert len(counts) == 6 and counts.min() > 150 and counts.max() < 250  # 200 expected, standard deviation 13
+
+
+@pytest.fixture
+def sharp_policy(monkeypatch):
+    """PPO's policy starts almost uniform, which many a wrong policy is; here its first one has clear preferences."""
+    orthogonal = torch.nn.init.orthogonal_
+    monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda weight, gain=1: orthogonal(weight, 10 if gain == 0.01 else gain))
+
+
+@torch.no_grad()
+def policy_and_values_of(agent, observations):
+    """The policy over (steps, environments) and the values (steps, environments) of recorded observations."""
+    logits, values = zip(*(agent(torch.from_numpy(o)) for o in observations), strict=True)
+    return Categorical(logits=torch.stack(logits)), torch.stack(values)
+
+
+def record_tensors(recorder):
+    """rewards, terminations, dones, actions and is_reset of a record, all (steps, environments)."""
+    names = ("rewards", "terminations", "dones", "actions")
+    rewards, terminations, dones, actions = (torch.from_numpy(np.array(getattr(recorder, name))) for name in names)
+    return rewards, terminations, dones, actions.long(), torch.cat([torch.zeros(1, 4, dtype=torch.bool), dones[:-1]])
+
+
+@ppo_scripts
+def test_ppo_losses_are_their_definition(script, record, sharp_policy):
+    """With a learning rate too small to move the weights, ratios are 1, and every rollout's logged losses are means over its
+    real transitions: policy loss minus the advantage, value loss half its square, entropy of the policy; time limits are
+    bootstrapped, lost lives not, nothing shifted."""
+    options = "--env-id Breakout-v5 --episodic-life --max-episode-steps 45 --learning-rate 1e-14 --total-timesteps 2400"
+    lengths = "--adapt-signal time --adapt-interval 1 --rollout-smoothing 1 --rollout-length-min 5 --rollout-length-max 24"
+    recorder, scalars, agent = record(
+        script, *options.split(), *lengths.split(), "--gamma", 0.9, "--gae-lambda", 0.7, "--no-norm-adv"
+    )
+    policy, values = policy_and_values_of(agent, recorder.observations)
+    rewards, terminations, dones, _, is_reset = record_tensors(recorder)
+    assert rewards.any() and terminations.any() and (dones & ~terminations).any()
+    entropy, begin = policy.entropy(), 0
+    assert entropy.mean() < 0.9 * math.log(4)
+    for i, length in enumerate(map(int, scalars["abs/rollout_length"])):
+        part, shifted = slice(begin, begin + length), slice(begin + 1, begin + length + 1)
+        rollout = (rewards[part], values[part], terminations[part], dones[part], values[shifted])
+        advantages = explicit_advantages(*rollout, 0.9, 0.7)[~is_reset[part]]
+        assert scalars["losses/policy_loss"][i] == pytest.approx(-float(advantages.mean()), rel=1e-4, abs=1e-5)
+        assert scalars["losses/value_loss"][i] == pytest.approx(float(advantages.square().mean()) / 2, rel=1e-4)
+        assert scalars["losses/entropy"][i] == pytest.approx(float(entropy[part][~is_reset[part]].mean()), rel=1e-4)
+        begin += length
+    assert begin == len(rewards) and len(set(scalars["abs/rollout_length"])) > 3
+    assert max(map(abs, scalars["losses/approx_kl"])) < 1e-5 and max(scalars["losses/clipfrac"]) == 0
+
+
+@ppo_scripts
+def test_kl_is_what_one_iteration_moved(script, record, sharp_policy):
+    """abs/kl is the mean KL(old || new) over the rollout's real states, abs/divergence the share of them whose most likely
+    action differs, both between the networks before and after one iteration."""
+    options = "--env-id MsPacman-v5 --max-episode-steps 5 --learning-rate 1e-4 --no-anneal-lr --no-adapt-rollout".split()
+    options += "--num-steps 30 --adapt-interval 1 --reference-batch-size 1000 --update-epochs 3".split()
+    *_, old = record(script, *options, "--total-timesteps", 120, "--learning-rate", 1e-14)  # the network at the start
+    distances = []
+    for iterations in (1, 2, 3):
+        recorder, scalars, new = record(script, *options, "--total-timesteps", 120 * iterations)
+        begin = 30 * (iterations - 1)
+        *_, is_reset = record_tensors(recorder)
+        real, states = ~is_reset[begin : begin + 30], recorder.observations[begin : begin + 30]
+        (new_policy, _), (old_policy, _) = (policy_and_values_of(agent, states) for agent in (new, old))
+        kl = float(kl_divergence(old_policy, new_policy)[real].mean())
+        changed = new_policy.logits.argmax(2) != old_policy.logits.argmax(2)
+        assert len(scalars["abs/kl"]) == len(scalars["abs/divergence"]) == iterations and not real.all()
+        assert scalars["abs/kl"][-1] == pytest.approx(kl, rel=3e-4, abs=1e-7)
+        assert scalars["abs/divergence"][-1] == pytest.approx(float(changed[real].float().mean()), abs=1e-6)
+        everywhere = float(kl_divergence(old_policy, new_policy).mean())
+        backward = float(kl_divergence(new_policy, old_policy)[real].mean())
+        distances.append((abs(everywhere / kl - 1), abs(backward / kl - 1)))
+        old = new
+    assert max(scalars["abs/divergence"]) > 0
+    assert min(map(max, zip(*distances, strict=True))) > 0.003, distances  # a wrong mean or direction would show
+
+
+@ppo_scripts
+def test_ppo_acts_as_its_policy(script, record, sharp_policy):
+    """Actions are samples of the policy at the state before them: as often as it says, and as likely as it expects."""
+    options = "--env-id Pong-v5 --learning-rate 1e-14 --no-adapt-rollout --num-steps 50 --total-timesteps 2000".split()
+    recorder, _, agent = record(script, *options)
+    policy, _ = policy_and_values_of(agent, recorder.observations[:-1])
+    actions, n = record_tensors(recorder)[3], 2000
+    assert actions.numel() == n and policy.entropy().mean() < 0.9 * math.log(6)
+    counts = actions.flatten().bincount(minlength=6)
+    expected, variance = policy.probs.sum((0, 1)), (policy.probs * (1 - policy.probs)).sum((0, 1))
+    assert ((counts - expected).abs() < 4 * variance.sqrt() + 1).all(), (counts, expected)
+    surprise, spread = policy.log_prob(actions) + policy.entropy(), (policy.probs * policy.logits**2).sum(2)
+    deviation = (spread - policy.entropy() ** 2).clamp(min=0).sum().sqrt()
+    assert abs(float(surprise.sum())) < 4 * float(deviation)
+
+
+def sample_gradients(q_network, observations, actions, targets):
+    """Gradient of every sample's squared error, (samples, parameters) in float64."""
+    rows = []
+    for observation, action, target in zip(observations, actions, targets, strict=True):
+        q_network.zero_grad()
+        (q_network(observation[None])[0, action] - target).square().backward()
+        rows.append(torch.cat([p.grad.flatten() for p in q_network.parameters()]).double())
+    return torch.stack(rows)
+
+
+@scripts
+def test_noise_scale_is_that_of_the_rollouts_minibatches(script, record):
+    """gns/noise and gns/signal are those of some division of the rollout into disjoint equal minibatches, computed from the
+    gradient of each sample; reset steps have no gradient and do not count as samples."""
+    options = "--env-id Pong-v5 --max-episode-steps 9 --learning-rate 1e-14 --start-e 1 --end-e 1 --no-adapt-rollout".split()
+    options += "--num-steps 2 --num-minibatches 2 --adapt-interval 1 --total-timesteps 48 --gamma 0.9 --q-lambda 0.7".split()
+    options += ["--log-noise-scale"] * hasattr(MODULES[script].Args, "log_noise_scale")
+    recorder, scalars, q_network = record(script, *options)
+    next_values = q_values_of(q_network, recorder.observations[1:]).max(2).values
+    rewards, terminations, dones, actions, is_reset = record_tensors(recorder)
+    assert len(scalars["gns/noise"]) == len(scalars["gns/signal"]) == 6
+    for i in range(6):
+        part = slice(2 * i, 2 * i + 2)
+        returns = forward_view(rewards[part], terminations[part], dones[part], next_values[part], 0.9, 0.7).float()
+        observations = torch.from_numpy(np.array(recorder.observations[part])).flatten(0, 1)
+        gradients = sample_gradients(q_network, observations, actions[part].flatten(), returns.flatten())
+        real = ~is_reset[part].flatten()
+        assert int(real.sum()) == (4 if i == 4 else 8)
+        candidates = []
+        for first in itertools.combinations(range(8), 4):
+            halves = torch.zeros(2, 8, dtype=torch.bool)
+            halves[0, list(first)] = True
+            halves[1] = ~halves[0]
+            a, b = (gradients[half & real].sum(0) / max(1, int((half & real).sum())) for half in halves)
+            size, mean = float(real.sum()) / 2, (a + b) / 2
+            noise = size * float((a - mean).square().sum() + (b - mean).square().sum())
+            candidates.append((noise, float(mean.square().sum()) - noise / (2 * size)))
+        logged = scalars["gns/noise"][i], scalars["gns/signal"][i]
+        errors = [max(abs(x - y) for x, y in zip(logged, c, strict=True)) / abs(c[0]) for c in candidates]
+        assert min(errors) < 1e-3, (logged, candidates)
+        assert sum(error < 0.01 for error in errors) <= 20  # of 70, each division twice: most are told apart

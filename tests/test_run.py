@@ -2,31 +2,39 @@
 
 import itertools
 import json
+import math
 import shutil
 
 import cv2
 import pytest
 import torch
-from conftest import DISTINCT, MODULES, run_script
+from conftest import DISTINCT, MODULES, SCRIPTS, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TINY = (
     "--env-id Pong-v5 --num-envs 8 --rollout-length-min 4 --rollout-length-max 16 --num-minibatches 2 --adapt-interval 2 "
-    "--divergence-warmup 2 --divergence-window 3 --rollout-smoothing 0.3 --reference-batch-size 64 --eval-episodes 2 "
-    "--max-episode-steps 200 --learning-rate 1e-4 --torch-threads 1 --env-threads 1"
+    "--rollout-smoothing 0.3 --reference-batch-size 64 --eval-episodes 2 --max-episode-steps 200 --learning-rate 1e-4 "
+    "--no-anneal-lr --torch-threads 1 --env-threads 1"
 ).split()
+WINDOW = dict.fromkeys(SCRIPTS, "--divergence-warmup 2 --divergence-window 3".split())
+WINDOW["gns_batch_atari.py"] = "--noise-scale-warmup 2 --noise-scale-window 3".split()
 SCALARS = set(
-    "charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate charts/epsilon losses/td_loss "
-    "losses/q_values losses/grad_norm abs/divergence abs/divergence_mean abs/rollout_length abs/batch_size "
-    "abs/minibatch_size eval/mean eval/std eval/median eval/min eval/max eval/mean_length eval/human_normalized_score".split()
+    "charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate losses/grad_norm "
+    "abs/divergence abs/rollout_length abs/batch_size abs/minibatch_size "
+    "eval/mean eval/std eval/median eval/min eval/max eval/mean_length eval/human_normalized_score".split()
 )
+LOSSES = dict.fromkeys(SCRIPTS, ["losses/td_loss", "losses/q_values"])
+LOSSES["ppo_abs_atari.py"] = [f"losses/{n}" for n in "policy_loss value_loss entropy approx_kl clipfrac".split()]
+NOISE_SCALE = ["gns/noise", "gns/signal", "gns/b_simple"]
+SIGNAL = dict.fromkeys(SCRIPTS, ["abs/divergence_mean"])
+SIGNAL |= {"ppo_abs_atari.py": ["abs/kl", "abs/kl_mean"], "gns_batch_atari.py": NOISE_SCALE}
 
 
 class Run:
     """A finished run: its folder, what it printed and, by name, its scalars as (step, value)."""
 
     def __init__(self, script, *arguments, cwd):
-        self.result = run_script(script, *TINY, *arguments, cwd=cwd)
+        self.result = run_script(script, *TINY, *WINDOW[script], *arguments, cwd=cwd)
         assert self.result.returncode == 0, self.result.stderr
         (self.dir,) = (cwd / "runs").iterdir()
         events = EventAccumulator(str(self.dir), size_guidance={"scalars": 0}).Reload()
@@ -46,6 +54,10 @@ class Run:
 
 def same_weights(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.weights().values(), b.weights().values(), strict=True))
+
+
+# gns_batch_atari.py has from pqn_abs_atari.py, word for word, what these tests are about (test_twins.py).
+but_for_gns = pytest.mark.parametrize("script", [s for s in DISTINCT if s != "gns_batch_atari.py"], indirect=True)
 
 
 @pytest.fixture(scope="session", params=DISTINCT)
@@ -89,7 +101,11 @@ def test_files(script, start):
 
     evaluation = json.loads((run.dir / "eval.json").read_text())
     assert evaluation["episodes"] == len(evaluation["returns"]) == len(evaluation["lengths"]) == 2
-    assert {"env_id", "epsilon", "seed", "mean", "std", "median", "min", "max", "mean_length"} <= set(evaluation)
+    assert {"env_id", "seed", "mean", "std", "median", "min", "max", "mean_length"} <= set(evaluation)
+    if script == "ppo_abs_atari.py":
+        assert evaluation["greedy"] is False  # evaluated as trained: sampled
+    else:
+        assert evaluation["epsilon"] == 0
     assert max(evaluation["lengths"]) <= 200
     for name in ("mean", "std", "min", "max", "human_normalized_score"):
         ((step, value),) = run.scalars[f"eval/{name}"]
@@ -106,21 +122,29 @@ def test_first_line(script, start):
     assert not run.result.stderr
 
 
-def test_scalars(start):
-    """Every documented curve is there, its x axis is agent steps, and its values are possible."""
+def test_scalars(script, start):
+    """Every documented curve is there and no other, its x axis is agent steps, and its values are possible."""
     run = start(*STEPS)
-    assert set(run.scalars) >= SCALARS
+    times = {name for name in run.scalars if name.startswith("time/")}
+    epsilon = [] if script == "ppo_abs_atari.py" else ["charts/epsilon"]
+    evaluation = {"eval/epsilon"} if epsilon else set()
+    assert set(run.scalars) - times == SCALARS | evaluation | {*LOSSES[script], *SIGNAL[script], *epsilon}
     batches, lengths = run.scalars["abs/batch_size"], run.values("abs/rollout_length")
     assert [step for step, _ in batches] == list(itertools.accumulate(int(b) for _, b in batches))
     assert [b for _, b in batches] == [8 * length for length in lengths]
     assert run.values("abs/minibatch_size") == [4 * length for length in lengths]
-    for name in "losses/td_loss losses/q_values losses/grad_norm charts/epsilon charts/learning_rate charts/SPS".split():
+    for name in [*LOSSES[script], *epsilon, "losses/grad_norm", "charts/learning_rate", "charts/SPS"]:
         assert [step for step, _ in run.scalars[name]] == [step for step, _ in batches]
-    assert min(run.values("losses/td_loss")) >= 0 and min(run.values("charts/SPS")) > 0
+    assert min(run.values("losses/grad_norm")) > 0 and min(run.values("charts/SPS")) > 0
     assert run.values("charts/learning_rate") == pytest.approx([1e-4] * len(batches))
-    epsilon = run.values("charts/epsilon")
-    for (step, _), e in zip(batches, epsilon, strict=True):
-        assert e == pytest.approx(max(0.001, 1 - 0.999 * step / 300), abs=1e-6)
+    if epsilon:
+        assert min(run.values("losses/td_loss")) >= 0
+        for (step, _), e in zip(batches, run.values("charts/epsilon"), strict=True):
+            assert e == pytest.approx(max(0.001, 1 - 0.999 * step / 300), abs=1e-6)
+    else:
+        assert min(run.values("losses/value_loss")) >= 0 and min(run.values("losses/approx_kl")) > -1e-6
+        assert all(0 <= c <= 1 for c in run.values("losses/clipfrac"))
+        assert all(0 < e <= math.log(6) + 1e-5 for e in run.values("losses/entropy"))
     games = run.scalars["charts/episodic_length"]
     assert set(v for _, v in games) == {200}  # the time limit; the first games end together after 200 steps each
     assert games[0][0] == 8 * 200 and all(step % 8 == 0 for step, _ in games)
@@ -135,27 +159,44 @@ def test_steps_stay_within_the_total(start):
     assert last <= 3000 and last + 8 * 16 > 3000
 
 
-def test_length_follows_the_divergence(script, start):
-    """The lengths are those of the published rule: windowed mean, warm-up, float smoothing, rounding for the rollout only."""
-    module, run = MODULES[script], start(*STEPS)
-    lengths, means = run.values("abs/rollout_length"), run.values("abs/divergence_mean")
-    measured = run.values("abs/divergence")
-    for i, mean in enumerate(means):
-        window = measured[max(0, i - 2) : i + 1]
-        assert mean == pytest.approx(sum(window) / len(window), abs=1e-6)
-    steps = [step for step, _ in run.scalars["abs/batch_size"]]
-    assert [step for step, _ in run.scalars["abs/divergence"]] == steps[1::2]
-    assert all(0 <= d <= 1 for d in measured) and max(measured) > 0
-
+def followed_lengths(module, run, target_of):
+    """The lengths of the published rule in a run of TINY, target_of(i) being the target at the i-th measurement, from 0."""
     expected, length = [], 4.0
-    for iteration in range(1, len(lengths) + 1):
+    for iteration in range(1, len(run.values("abs/rollout_length")) + 1):
         expected.append(module.round_rollout_length(length, 4, 16, 2))
         if iteration % 2 == 0:
-            target = length
-            if iteration // 2 >= 2:
-                target = module.target_rollout_length(means[iteration // 2 - 1], 4, 16, 0.05, 0.95)
+            target = target_of(iteration // 2 - 1) if iteration // 2 >= 2 else length
             length = 0.7 * length + 0.3 * target
-    assert lengths == expected
+    return expected
+
+
+def test_length_follows_the_signal(script, start):
+    """The lengths are those of the published rule: windowed mean, warm-up, float smoothing, rounding for the rollout only;
+    for the noise scale, the ratio of the windowed means."""
+    module = MODULES[script]
+    bounds = {"ppo_abs_atari.py": (1e-6, 1e-2)}.get(script, (0.05, 0.95))  # a KL that so short a run goes through
+    run = start(*STEPS) if script != "ppo_abs_atari.py" else start("--kl-min", bounds[0], "--kl-max", bounds[1], *STEPS)
+    lengths, steps = run.values("abs/rollout_length"), [step for step, _ in run.scalars["abs/batch_size"]]
+
+    def windows(name):
+        measured = run.values(name)
+        assert [step for step, _ in run.scalars[name]] == steps[1::2]
+        return [measured[max(0, i - 2) : i + 1] for i in range(len(measured))]
+
+    assert all(0 <= d <= 1 for d in run.values("abs/divergence")) and max(run.values("abs/divergence")) > 0
+    if script == "gns_batch_atari.py":
+        noises, signals = ([sum(w) / len(w) for w in windows(f"gns/{name}")] for name in ("noise", "signal"))
+        assert min(noises) > 0
+        b_simple = [n / s if s > 0 else math.inf for n, s in zip(noises, signals, strict=True)]
+        assert run.values("gns/b_simple") == pytest.approx(b_simple, rel=1e-4)
+        targets = [min(max(math.floor(min(b, 1e9)) / 8, 4), 16) for b in b_simple]
+    else:
+        signal = "abs/divergence" if script != "ppo_abs_atari.py" else "abs/kl"
+        means = run.values(f"{signal}_mean")
+        assert means == pytest.approx([sum(w) / len(w) for w in windows(signal)], rel=1e-5, abs=1e-9)
+        targets = [module.target_rollout_length(mean, 4, 16, *bounds) for mean in means]
+    assert any(4 < target < 16 for target in targets)  # not the bounds alone
+    assert lengths == followed_lengths(module, run, lambda i: targets[i])
     assert lengths[:4] == [4] * 4 and len(set(lengths)) > 1
 
 
@@ -172,37 +213,54 @@ def test_time_as_signal(script, start):
     assert run.scalars["abs/divergence"]
 
 
-def test_fixed_batch(start):
+def test_fixed_batch(script, start):
     """--no-adapt-rollout keeps num-steps; the divergence is measured all the same, and measuring changes no run."""
     fixed = ("--no-adapt-rollout", "--num-steps", 8, *SHORT)
     run, other = start(*fixed), start(*fixed, "--reference-batch-size", 7, "--adapt-interval", 1)
     assert set(run.values("abs/rollout_length")) == {8}
     assert len(run.scalars["abs/divergence"]) == len(run.scalars["abs/batch_size"]) // 2
     assert len(other.scalars["abs/divergence"]) == len(other.scalars["abs/batch_size"])
-    assert run.values("losses/td_loss") == other.values("losses/td_loss")
+    assert all(run.values(name) == other.values(name) for name in LOSSES[script])
     assert same_weights(run, other)
 
 
-def test_runs_repeat(start):
+@but_for_gns
+def test_logging_the_noise_scale_changes_no_run(script, start):
+    """--log-noise-scale adds its curves and changes no other curve, length or weight."""
+    run, logged = start(*STEPS), start("--log-noise-scale", *STEPS)
+    # some measurements are made on a part of the rollout: another draw of that part would show
+    assert max(run.values("abs/batch_size")) > 64
+    assert {k: v for k, v in logged.repeatable().items() if k not in NOISE_SCALE} == run.repeatable()
+    assert same_weights(run, logged)
+    for name in NOISE_SCALE:
+        assert [step for step, _ in logged.scalars[name]] == [step for step, _ in run.scalars["abs/divergence"]]
+    assert min(logged.values("gns/noise")) > 0
+
+
+@but_for_gns
+def test_runs_repeat(script, start):
     """The same seed gives the same curves and weights bit for bit, another seed does not."""
     run, again, other = start(*STEPS), start(*STEPS, again=True), start(*SHORT, "--seed", 2)
     assert run.repeatable() == again.repeatable()
     assert same_weights(run, again)
     assert (run.dir / "eval.json").read_text() == (again.dir / "eval.json").read_text()
-    assert run.values("losses/td_loss")[0] != other.values("losses/td_loss")[0]
+    assert run.values(LOSSES[script][0])[0] != other.values(LOSSES[script][0])[0]
     assert not same_weights(run, other)
 
 
-def test_speed_options_change_nothing_but_speed(start):
+@but_for_gns
+def test_speed_options_change_nothing_but_speed(script, start):
     """Environments in two groups and small micro-batches see the same games and take the same steps, up to rounding."""
     # with random actions, since a rounding error may change a greedy one and with it all that follows
-    options = ("--no-adapt-rollout", "--num-steps", 16, "--end-e", 1, "--precision", "float32", *SHORT)
+    random = () if script == "ppo_abs_atari.py" else ("--end-e", 1)
+    options = ("--no-adapt-rollout", "--num-steps", 16, *random, "--precision", "float32", *SHORT)
     plain, fast = start(*options), start(*options, "--env-pools", 2, "--microbatch-size", 12)
-    for name in ("losses/td_loss", "losses/q_values", "losses/grad_norm"):
+    for name in (*LOSSES[script][:3], "losses/grad_norm"):
         assert plain.values(name) == pytest.approx(fast.values(name), rel=1e-2, abs=1e-4)
     assert plain.scalars["abs/batch_size"] == fast.scalars["abs/batch_size"]
 
 
+@but_for_gns
 def test_eval_only(script, start, tmp_path):
     """--eval-only plays the games of the evaluation after training again, needs no --env-id, and writes eval.json beside."""
     run = start(*STEPS)
@@ -213,8 +271,13 @@ def test_eval_only(script, start, tmp_path):
     evaluation, expected = (json.loads((folder / "eval.json").read_text()) for folder in (tmp_path, run.dir))
     assert evaluation == expected and evaluation["env_id"] == "Pong-v5"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["eval.json", "model.pt"]
+    if script == "ppo_abs_atari.py":
+        result = run_script(script, "--eval-only", "--eval-greedy", "--model", tmp_path / "model.pt", *limits, cwd=tmp_path)
+        assert result.returncode == 0 and "greedily" in result.stdout
+        assert json.loads((tmp_path / "eval.json").read_text())["greedy"] is True
 
 
+@but_for_gns
 def test_life_loss_annealing_epochs_and_video(start):
     """The remaining switches, in one run: annealed learning rate, epochs that grow, life-loss episodes and videos."""
     options = (
@@ -229,6 +292,7 @@ def test_life_loss_annealing_epochs_and_video(start):
     assert cv2.VideoCapture(str(video)).read()[0]
 
 
+@but_for_gns
 def test_no_evaluation(start):
     """--eval-episodes 0 ends after training, without eval.json."""
     run = start("--eval-episodes", 0, "--total-timesteps", 100)
@@ -237,10 +301,32 @@ def test_no_evaluation(start):
 
 
 def test_a_rollout_of_nothing_but_resets(script, tmp_path):
-    """One game and rollouts of one step: the reset after the time limit leaves no state to measure, and the run goes on."""
-    flags = (
-        "--env-id Pong-v5 --num-envs 1 --rollout-length-min 1 --rollout-length-max 1 --num-minibatches 1 --adapt-interval 1"
-    )
-    limits = "--max-episode-steps 10 --total-timesteps 30 --eval-episodes 0"
+    """Rollouts of one step: the reset after the time limit leaves no state to measure, and the run goes on."""
+    n = 2 if script == "gns_batch_atari.py" else 1  # games, and minibatches: the noise scale needs two
+    flags = f"--num-envs {n} --rollout-length-min 1 --rollout-length-max 1 --num-minibatches {n} --adapt-interval 1"
+    limits = f"--max-episode-steps 10 --total-timesteps {30 * n} --eval-episodes 0 --env-id Pong-v5"
     result = run_script(script, *flags.split(), *limits.split(), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    events = EventAccumulator(str(*tmp_path.glob("runs/*")), size_guidance={"scalars": 0}).Reload()
+    # 30 steps, two of which are resets
+    assert [len(events.Scalars(name)) for name in ("abs/rollout_length", "abs/divergence")] == [30, 28]
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in DISTINCT])
+def test_large_networks_run(script, tmp_path):
+    """L and XL train, grow their rollouts, save, evaluate and are evaluated again: a run leaves all its files."""
+    grow = ("--adapt-signal", "time", "--adapt-interval", 1, "--rollout-length-min", 2, "--rollout-length-max", 8)
+    options = ("--total-timesteps", 256, "--max-episode-steps", 30, "--reference-batch-size", 16, *grow)
+    run = Run(script, *options, cwd=tmp_path)
+    assert sorted(p.name for p in run.dir.iterdir() if p.suffix in (".json", ".pt")) == ["args.json", "eval.json", "model.pt"]
+    lengths = run.values("abs/rollout_length")
+    assert lengths[0] == 2 < lengths[-1] and set(run.scalars) >= SCALARS | set(LOSSES[script]) | set(SIGNAL[script])
+    model = torch.load(run.dir / "model.pt", weights_only=True)
+    assert model["global_step"] == 8 * sum(lengths) and all(w.isfinite().all() for w in model["weights"].values())
+    torch.manual_seed(1)  # as the script does before it builds its network
+    first = MODULES[script].QNetwork(6).state_dict()
+    assert all(not torch.equal(w, first[name]) for name, w in run.weights().items())  # every layer has learned
+    evaluation = (run.dir / "eval.json").read_text()
+    limits = ("--eval-episodes", 2, "--max-episode-steps", 30)
+    result = run_script(script, "--eval-only", "--model", run.dir / "model.pt", *limits, cwd=tmp_path)
+    assert result.returncode == 0 and (run.dir / "eval.json").read_text() == evaluation
