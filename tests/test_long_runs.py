@@ -312,8 +312,9 @@ import torch.distributed as dist
 destroy = dist.destroy_process_group
 def keep_then_destroy():
     g = sys._getframe(1).f_globals
-    torch.save({k: g[k] for k in ("rollout_length", "iteration", "num_measurements", "seeds")} |
-               {"weights": g["network"].state_dict(), "random_states": [g["rng"].get_state(), g["reference_rng"].get_state()]}, f"rank{os.environ['RANK']}.pt")
+    kept = {k: g[k] for k in ("rollout_length", "iteration", "num_measurements", "seeds")}
+    kept |= {"weights": g["network"].state_dict(), "random_states": [g[k].get_state() for k in ("rng", "reference_rng")]}
+    torch.save(kept, f"rank{os.environ['RANK']}.pt")
     destroy()
 dist.destroy_process_group = keep_then_destroy
 runpy.run_path(script, run_name="__main__")
