@@ -2,11 +2,12 @@
 
     python benchmark/throughput.py                                            # pqn_abs_atari.py on this machine
     python benchmark/throughput.py --peer ../cleanrl/pqn_atari_envpool.py     # and a script with CleanRL's flags, in turn
+    python benchmark/throughput.py --scripts *_atari.py --lengths moving      # all scripts, as they run by default
 
-Every line is a training run of its own process with the same number of samples and updates (128 environments, 4 minibatches,
-2 epochs), timed by the wall clock between its TensorBoard points: emulation, inference, learning and logging are all in it,
-the first quarter of the run is not. Speed is the median over windows of some 8,192 steps; lowest and highest are their range.
-Runs of ours and of the peer alternate. Emulation, inference and learning are shares of the time as the script logs them:
+Every line is a training run of its own process with the same number of samples and updates (128 environments, 4 minibatches, 2
+epochs, with PPO 4), timed by the wall clock between its TensorBoard points: emulation, inference, learning and logging are all
+in it, the first quarter of the run is not. Speed is the median over windows of some 8,192 steps; lowest and highest are their
+range. Runs of ours and of the peer alternate. Emulation, inference and learning are shares of the time as the script logs them:
 waiting for the emulator; acting and storing; everything else. Prints a table and writes it as CSV.
 """
 
@@ -89,6 +90,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scripts", nargs="+", default=["pqn_abs_atari.py"], help="scripts of this repository")
     parser.add_argument("--peer", type=Path, help="a script with CleanRL's flags, run at the base length")
+    parser.add_argument("--lengths", nargs="+", default=["16", "32", "max", "moving"], help='steps, "max" and "moving"')
     parser.add_argument("--env-id", default="Breakout-v5", help="the game")
     parser.add_argument("--steps", type=int, default=65536, help="agent steps of each run; on a GPU take 4000000")
     parser.add_argument("--rounds", type=int, default=2, help="how often all runs are repeated, in turn")
@@ -99,19 +101,22 @@ def main():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rate = float(np.median(emulator := measure_envpool(args.env_id, 128, min(cores, 128), seconds=20, warmup=3)))
     rows = [row("EnvPool, random actions", emulator, rate)]
-    common = f"--env-id {args.env_id} --num-envs 128 --num-minibatches 4 --update-epochs 2 --total-timesteps {args.steps}"
+    common = f"--env-id {args.env_id} --num-envs 128 --num-minibatches 4 --total-timesteps {args.steps}"
     commands = {}
     for script in args.scripts:
-        longest = 64 if script == "pqn_abs_atari.py" else 128
-        variants = {f"L = {n}": f"--no-adapt-rollout --num-steps {n}" for n in (16, 32, longest)}
-        # Through the whole range within the run: the length changes at every iteration
-        moving = f"--rollout-length-max {longest} --adapt-interval 1 --adapt-signal time --rollout-smoothing 1"
-        for name, flags in (variants | {f"L = 16 to {longest}, moving": moving}).items():
+        longest = 128 if script.startswith(("pqn_l_", "pqn_xl_")) else 64
+        for length in dict.fromkeys(str(longest) if n == "max" else n for n in args.lengths):
+            name, flags = f"L = {length}", f"--no-adapt-rollout --num-steps {length}"
+            if length == "moving":
+                # Through the whole range within the run: the length changes at every iteration
+                name = f"L = 16 to {longest}, moving"
+                flags = f"--rollout-length-max {longest} --adapt-interval 1 --adapt-signal time --rollout-smoothing 1"
             flags = shlex.split(f"{common} --eval-episodes 0 {flags} {args.flags}")
             commands[f"{script}, {name}"] = [sys.executable, str(ROOT / script), *flags]
     if args.peer:
         peer_name = f"peer {args.peer.name}, L = 32"
-        commands[peer_name] = [sys.executable, str(args.peer.resolve()), *shlex.split(f"{common} --num-steps 32")]
+        common += " --update-epochs 2 --num-steps 32"
+        commands[peer_name] = [sys.executable, str(args.peer.resolve()), *shlex.split(common)]
     runs = {name: [] for name in commands}
     for _ in range(args.rounds):
         for name, command in commands.items():

@@ -33,12 +33,15 @@ def test_quoted_code_is_the_scripts_code():
 
 def test_flags_exist():
     """Every --flag in the README is an argument of the script (or of one of the named tools)."""
-    tree = ast.parse((ROOT / "pqn_abs_atari.py").read_text())
-    fields = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args").body
-    known = {"--" + node.target.id.replace("_", "-") for node in fields if isinstance(node, ast.AnnAssign)}
+    known = set()
+    for script in ROOT.glob("*_atari.py"):
+        fields = next(n for n in ast.parse(script.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args").body
+        known |= {"--" + node.target.id.replace("_", "-") for node in fields if isinstance(node, ast.AnnAssign)}
     known |= {flag.replace("--", "--no-", 1) for flag in known} | {"--help", "--logdir"}
     known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', "".join(p.read_text() for p in (ROOT / "benchmark").glob("*.py"))))
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README))
+    known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun
+    known |= {"--time", "--requeue", "--open-mode", "--signal"}  # Slurm
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", README))
     assert flags - known == set()
     assert len(flags) > 15
 

@@ -89,7 +89,8 @@ def test_files(script, start):
     """args.json, model.pt and eval.json are complete, and no half-written file is left."""
     run = start(*STEPS)
     names = sorted(p.name for p in run.dir.iterdir() if not p.name.startswith("events."))
-    assert names == ["args.json", "eval.json", "model.pt"]
+    last = run.scalars["abs/batch_size"][-1][0]
+    assert names == ["args.json", f"checkpoint_{last:012d}.pt", "eval.json", "model.pt"]
     assert run.dir.name.startswith(f"Pong-v5__{script.removesuffix('.py')}__1__")
     assert set(run.args) == set(MODULES[script].Args.__dataclass_fields__)
     assert run.args["total_timesteps"] == 3000 and run.args["precision"] in ("float32", "bfloat16")
