@@ -7,8 +7,8 @@
 Every line is a training run of its own process with the same number of samples and updates (128 environments, 4 minibatches, 2
 epochs, with PPO 4), timed by the wall clock between its TensorBoard points: emulation, inference, learning and logging are all
 in it, the first quarter of the run is not. Speed is the median over windows of some 8,192 steps; lowest and highest are their
-range. Runs of ours and of the peer alternate. Emulation, inference and learning are shares of the time as the script logs them:
-waiting for the emulator; acting and storing; everything else. Prints a table and writes it as CSV.
+range. Runs of ours and of the peer alternate. Emulation, inference and learning are shares of the time, as the script logs
+them: waiting for the emulator; acting and storing; everything else. Prints a table and writes it as CSV.
 """
 
 import argparse

@@ -17,6 +17,10 @@ SCRIPTS = ["pqn_abs_atari.py", "pqn_l_abs_atari.py", "pqn_xl_abs_atari.py", "ppo
 DISTINCT = ["pqn_abs_atari.py", "ppo_abs_atari.py", "gns_batch_atari.py"]
 
 torch.set_num_threads(1)  # the tensors are small, and the machine may be shared
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # A core for each worker and the runs it starts: runs that share cores wait for each other at every operation.
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
 sys.path.insert(0, str(ROOT))
 MODULES = {name: importlib.import_module(name.removesuffix(".py")) for name in SCRIPTS}
 
