@@ -36,6 +36,12 @@ BAD_ARGUMENTS = [
     ("--divergence-max inf", "--divergence-max inf"),
     ("--rollout-smoothing 0", "--rollout-smoothing 0.0"),
     ("--rollout-smoothing 1.1", "--rollout-smoothing 1.1"),
+    ("--kl-min 0.1 --kl-max 0.001", "--kl-min 0.1"),
+    ("--kl-min 0.5 --kl-max 0.5", "less than"),
+    ("--kl-min 0", "--kl-min 0.0"),
+    ("--kl-min -0.1", "--kl-min -0.1"),
+    ("--kl-max inf", "--kl-max inf"),
+    ("--kl-min nan", "--kl-min nan"),
     ("--schedule cosine", "schedule"),
     ("--adapt-signal reward", "adapt-signal"),
     # sizes
@@ -48,6 +54,8 @@ BAD_ARGUMENTS = [
     ("--reference-batch-size 0", "--reference-batch-size 0"),
     ("--divergence-window 0", "--divergence-window 0"),
     ("--divergence-warmup -1", "--divergence-warmup -1"),
+    ("--noise-scale-window 0", "--noise-scale-window 0"),
+    ("--noise-scale-warmup -1", "--noise-scale-warmup -1"),
     ("--adapt-interval 0", "--adapt-interval 0"),
     ("--adapt-interval -50", "--adapt-interval -50"),
     ("--max-episode-steps 0", "--max-episode-steps 0"),
@@ -72,6 +80,12 @@ BAD_ARGUMENTS = [
     ("--gamma 1.01", "--gamma 1.01"),
     ("--gamma nan", "--gamma nan"),
     ("--q-lambda -0.1", "--q-lambda -0.1"),
+    ("--gae-lambda 1.1", "--gae-lambda 1.1"),
+    ("--clip-coef 0", "--clip-coef 0.0"),
+    ("--clip-coef nan", "--clip-coef nan"),
+    ("--ent-coef -0.01", "--ent-coef -0.01"),
+    ("--vf-coef -0.5", "--vf-coef -0.5"),
+    ("--vf-coef inf", "--vf-coef inf"),
     ("--start-e 2", "--start-e 2.0"),
     ("--eval-epsilon nan", "--eval-epsilon nan"),
     ("--exploration-fraction 1.5", "--exploration-fraction 1.5"),
@@ -81,6 +95,7 @@ BAD_ARGUMENTS = [
     ("--learning-rate fast", "learning-rate"),
     ("--num-envs", "num-envs"),
     # what does not go together
+    ("--log-noise-scale --num-minibatches 1", "--num-minibatches"),
     ("--eval-only", "--model"),
     ("--model runs/x/model.pt", "--eval-only"),
     ("--eval-only --model missing.pt", "missing.pt"),
@@ -116,6 +131,22 @@ def test_unknown_flags(script, arguments, run_here, tmp_path):
     assert result.returncode == 2
     is_one_helpful_line(result, arguments.split()[0])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_noise_scale_of_one_minibatch(run_here, tmp_path):
+    """Where the rule is the noise scale, a single minibatch is refused at once, not at the first measurement."""
+    result = run_here("gns_batch_atari.py", "--num-minibatches", 1)
+    assert result.returncode == 2
+    is_one_helpful_line(result, "--num-minibatches 2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_bad_argument_is_a_scripts():
+    """No case of the list is skipped by all scripts, as one with a mistyped flag would be."""
+    known = [{f"--{name.replace('_', '-')}" for name in MODULES[script].Args.__dataclass_fields__} for script in DISTINCT]
+    for arguments, _ in BAD_ARGUMENTS:
+        flags = {flag.replace("--no-", "--") for flag in re.findall(r"--[a-z-]+", arguments)}
+        assert any(flags <= flags_of_script for flags_of_script in known), arguments
 
 
 OFTEN = [BAD_ARGUMENTS[0], ("--gamma 1.01", "--gamma 1.01"), ("--num-envs many", "num-envs")]
@@ -154,6 +185,13 @@ def test_tracking_without_wandb(script, run_here, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def network_of(module, num_actions):
+    """The script's network, and the name of the bias that tells the number of actions."""
+    if hasattr(module, "Agent"):
+        return module.Agent(num_actions), "actor"
+    return module.QNetwork(num_actions), "head"
+
+
 class LeavesAFile:
     """An object that writes a file where it is unpickled."""
 
@@ -170,9 +208,8 @@ def test_models_that_are_none(script, kind, run_here, tmp_path):
     """A file that is no model of this script is named in one line, and nothing is written beside it."""
     module = MODULES[script]
     model = tmp_path / "model.pt"
-    if not hasattr(module, "QNetwork"):
-        pytest.skip("another kind of network")
-    weights = module.QNetwork(4).state_dict()
+    network, head = network_of(module, 4)
+    weights = network.state_dict()
     if kind == "text":
         model.write_text("not a model\n")
     elif kind == "empty":
@@ -182,7 +219,8 @@ def test_models_that_are_none(script, kind, run_here, tmp_path):
     elif kind == "weights":
         torch.save(weights, model)
     elif kind == "network":
-        other = {"head.weight": torch.zeros(4, 512), "head.bias": torch.zeros(4), "encoder.0.weight": torch.zeros(9, 4, 8, 8)}
+        other = {f"{head}.weight": torch.zeros(4, 512), f"{head}.bias": torch.zeros(4)}
+        other["encoder.0.weight"] = torch.zeros(9, 4, 8, 8)
         torch.save({"weights": other, "args": {"env_id": "Breakout-v5"}, "global_step": 0}, model)
     elif kind == "no args":
         torch.save({"weights": weights}, model)
@@ -203,13 +241,32 @@ def test_models_that_are_none(script, kind, run_here, tmp_path):
 def test_model_of_another_game(script, run_here, tmp_path):
     """--eval-only plays the game of the model; asking for another one is refused."""
     module = MODULES[script]
-    if not hasattr(module, "QNetwork"):
-        pytest.skip("another kind of network")
-    content = {"weights": module.QNetwork(6).state_dict(), "args": {"env_id": "Pong-v5"}, "global_step": 0}
+    content = {"weights": network_of(module, 6)[0].state_dict(), "args": {"env_id": "Pong-v5"}, "global_step": 0}
     torch.save(content, tmp_path / "model.pt")
     result = run_here(script, "--eval-only", "--model", tmp_path / "model.pt", "--env-id", "Boxing-v5")
     assert result.returncode == 2
     is_one_helpful_line(result, "Pong-v5")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+FOREIGN = [
+    ("ppo_abs_atari.py", "pqn_abs_atari.py"),
+    ("pqn_abs_atari.py", "ppo_abs_atari.py"),
+    ("gns_batch_atari.py", "ppo_abs_atari.py"),
+    ("pqn_abs_atari.py", "pqn_l_abs_atari.py"),
+    ("pqn_l_abs_atari.py", "pqn_xl_abs_atari.py"),
+    ("pqn_xl_abs_atari.py", "pqn_l_abs_atari.py"),
+]
+
+
+@pytest.mark.parametrize("script, other", FOREIGN)
+def test_model_of_another_script(script, other, run_here, tmp_path):
+    """The model of a script with another network is refused in one line that names the script it is for."""
+    content = {"weights": network_of(MODULES[other], 4)[0].state_dict(), "args": {"env_id": "Pong-v5"}, "global_step": 0}
+    torch.save(content, tmp_path / "model.pt")
+    result = run_here(script, "--eval-only", "--model", tmp_path / "model.pt")
+    assert result.returncode == 2
+    is_one_helpful_line(result, script)
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
 

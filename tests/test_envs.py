@@ -15,6 +15,7 @@ from conftest import modules_with
 
 # The other scripts have the same environment, word for word (test_twins.py).
 scripts = pytest.mark.parametrize("script", modules_with("AtariEnvs")[:1])
+ppo_scripts = pytest.mark.parametrize("script", modules_with("Agent"))
 CPU = torch.device("cpu")
 
 
@@ -29,6 +30,18 @@ class Always(torch.nn.Module):
     def forward(self, x):
         assert x.dtype == torch.uint8 and x.shape[1:] == (4, 84, 84)
         return self.q_values.repeat(len(x), 1)
+
+
+class Mostly(torch.nn.Module):
+    """PPO's kind of network, with a policy that is the same everywhere."""
+
+    def __init__(self, *probabilities):
+        super().__init__()
+        self.logits = torch.tensor(probabilities).log()
+
+    def forward(self, x):
+        assert x.dtype == torch.uint8 and x.shape[1:] == (4, 84, 84)
+        return self.logits.repeat(len(x), 1), torch.zeros(len(x))
 
 
 def step(envs, actions):
@@ -343,6 +356,39 @@ def test_evaluation_is_deterministic(script):
     assert play(0.5, 1) == play(0.5, 1)
     assert play(0.5, 1)["returns"] != play(0.5, 2)["returns"]
     assert play(0.5, 1)["returns"] != play(0.0, 1)["returns"]
+
+
+@ppo_scripts
+def test_ppo_evaluation_samples_or_is_greedy(script):
+    """Sampled as trained, the games are those of the seed and repeat; greedy, they are those of the most likely action,
+    whatever its probability; scores and lengths count the wanted number of games, each cut at the time limit."""
+
+    def play(greedy, seed, *probabilities):
+        return script.evaluate(Mostly(*probabilities), "MsPacman-v5", 6, greedy, seed, CPU, 1, max_episode_steps=100)
+
+    uniform = [1 / 9] * 9
+    mild, strong = [0.1] * 9, [1e-30] * 9
+    mild[3], strong[3] = 0.2, 1.0
+    assert play(True, 1, *mild) == play(True, 1, *strong) == play(False, 1, *strong) | {"greedy": True}
+    sampled = play(False, 1, *uniform)
+    assert sampled == play(False, 1, *uniform) and sampled["greedy"] is False
+    assert sampled["returns"] != play(True, 1, *mild)["returns"] and sampled["returns"] != play(False, 2, *uniform)["returns"]
+    assert sampled["episodes"] == len(sampled["returns"]) == 6 and set(sampled["lengths"]) == {100}
+    assert len(set(sampled["returns"])) > 1  # every game has samples of its own
+    assert sampled["mean"] == pytest.approx(sum(sampled["returns"]) / 6)
+    assert sampled["human_normalized_score"] == script.human_normalized_score("MsPacman-v5", sampled["mean"])
+
+
+@ppo_scripts
+def test_ppo_video(script, tmp_path):
+    """One mp4 and one raw score for each game, sampled or greedy; a sure policy plays the same either way."""
+    sure, scores = [1e-30] * 9, []
+    sure[2] = 1.0
+    for greedy, policy in [(True, sure), (False, sure), (False, [1 / 9] * 9)]:
+        folder = tmp_path / f"videos{len(scores)}"
+        scores.append(script.record_video(Mostly(*policy), "MsPacman-v5", 2, greedy, 1, CPU, folder, max_episode_steps=100))
+        assert len(scores[-1]) == len(list(folder.glob("*.mp4"))) == 2
+    assert scores[0] == scores[1] != scores[2]
 
 
 @scripts

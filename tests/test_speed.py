@@ -8,124 +8,186 @@ import sys
 
 import pytest
 import torch
+from conftest import MODULES
 from torch._dynamo.utils import counters
 
 import pqn_abs_atari as pqn
 
+# The other scripts have acting and learning from pqn_abs_atari.py, word for word (test_twins.py).
+DIFFERENT_LEARNERS = [MODULES["pqn_abs_atari.py"], MODULES["ppo_abs_atari.py"]]
+learners = pytest.mark.parametrize("script", DIFFERENT_LEARNERS, ids=lambda script: script.__name__)
 
-def minibatch(size=96, num_actions=4, device="cpu"):
+
+def minibatch(script, size=96, num_actions=4, device="cpu"):
+    """What update() takes: observations, actions, targets and weights, one sample in seven without weight."""
     generator = torch.Generator().manual_seed(0)
     observations = torch.randint(0, 256, (size, 4, 84, 84), generator=generator, dtype=torch.uint8)
     actions = torch.randint(num_actions, (size,), generator=generator)
     weights = torch.rand(size, generator=generator)
     weights[::7] = 0  # reset steps
-    tensors = observations, actions, torch.randn(size, generator=generator), weights / weights.sum()
-    return [x.to(device) for x in tensors]
+    targets = [torch.randn(size, generator=generator)]
+    if hasattr(script, "Agent"):  # log-probabilities, advantages, returns and values
+        targets = [math.log(1 / num_actions) + 0.2 * targets[0], *(torch.randn(size, generator=generator) for _ in range(3))]
+    return [x.to(device) for x in (observations, actions, *targets, weights / weights.sum())]
 
 
-def gradients_and_logs(q_network, *batch, microbatch_size=1000):
-    optimizer = torch.optim.SGD(q_network.parameters(), lr=0.0)
-    logs = pqn.update(q_network, optimizer, *batch, max_grad_norm=math.inf, microbatch_size=microbatch_size)
-    return torch.cat([p.grad.flatten() for p in q_network.parameters()]), logs
+def settings(script, max_grad_norm=math.inf):
+    return {"args": script.Args(max_grad_norm=max_grad_norm)} if hasattr(script, "Agent") else {"max_grad_norm": max_grad_norm}
+
+
+def gradients_and_logs(script, network, *batch, microbatch_size=1000):
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    logs = script.update(network, optimizer, *batch, **settings(script), microbatch_size=microbatch_size)
+    return torch.cat([p.grad.flatten() for p in network.parameters()]), logs
 
 
 def relative_error(x, reference):
     return float((x - reference).detach().norm() / reference.detach().norm())
 
 
-def fresh_network():
+def fresh_network(script):
     torch.manual_seed(1)
-    return pqn.QNetwork(4)
+    return script.Agent(4) if hasattr(script, "Agent") else script.QNetwork(4)
 
 
-def test_microbatches_add_up_to_the_minibatch():
+def outputs(script, network, observations):
+    """Q-values, or logits and values side by side."""
+    with torch.no_grad():
+        result = network(observations)
+    return torch.cat([result[0], result[1].unsqueeze(1)], 1) if hasattr(script, "Agent") else result
+
+
+@learners
+def test_microbatches_add_up_to_the_minibatch(script):
     """Also where the minibatch is no multiple of the microbatch."""
-    batch = minibatch()
-    plain, plain_logs = gradients_and_logs(fresh_network(), *batch)
-    chunked, chunked_logs = gradients_and_logs(fresh_network(), *batch, microbatch_size=40)
+    batch = minibatch(script)
+    plain, plain_logs = gradients_and_logs(script, fresh_network(script), *batch)
+    chunked, chunked_logs = gradients_and_logs(script, fresh_network(script), *batch, microbatch_size=40)
     assert relative_error(chunked, plain) < 1e-4
     torch.testing.assert_close(chunked_logs, plain_logs, rtol=1e-4, atol=1e-5)
 
 
-def test_samples_without_weight_do_not_count():
+@learners
+def test_samples_without_weight_do_not_count(script):
     """Reset steps: whatever stands in them, loss and gradient stay what they are."""
-    observations, actions, returns, weights = minibatch()
-    plain, plain_logs = gradients_and_logs(fresh_network(), observations, actions, returns, weights)
-    observations[::7], returns[::7] = 0, 1e3
-    other, other_logs = gradients_and_logs(fresh_network(), observations, actions, returns, weights)
+    batch = minibatch(script)
+    plain, plain_logs = gradients_and_logs(script, fresh_network(script), *batch)
+    observations, _, *targets, _ = batch
+    observations[::7] = 0
+    for target in targets:
+        target[::7] = 1e3 if target is not targets[0] or len(targets) == 1 else -2  # log-probabilities are small numbers
+    other, other_logs = gradients_and_logs(script, fresh_network(script), *batch)
     assert relative_error(other, plain) < 1e-5
     torch.testing.assert_close(other_logs, plain_logs)
 
 
-def test_bfloat16_stays_near_float32():
-    """Within 3 % of the Q-values and 10 % of the gradient (measured at initialisation: 0.7 % and 2 to 3 %)."""
-    batch = minibatch()
-    plain, _ = gradients_and_logs(fresh_network(), *batch)
-    network = pqn.speed_up(fresh_network(), "bfloat16", torch.device("cpu"))
-    rounded, _ = gradients_and_logs(network, *batch)
+@learners
+def test_bfloat16_stays_near_float32(script):
+    """Within 3 % of the network's outputs and 10 % of the gradient (measured for PQN at initialisation: 0.7 %, 2 to 3 %)."""
+    batch = minibatch(script)
+    plain, _ = gradients_and_logs(script, fresh_network(script), *batch)
+    network = script.speed_up(fresh_network(script), "bfloat16", torch.device("cpu"))
+    rounded, _ = gradients_and_logs(script, network, *batch)
     assert 0 < relative_error(rounded, plain) < 0.1
-    q_values = network(batch[0])
-    assert q_values.dtype == torch.float32
-    assert 0 < relative_error(q_values, fresh_network()(batch[0])) < 0.03
+    result = outputs(script, network, batch[0])
+    assert result.dtype == torch.float32
+    assert 0 < relative_error(result, outputs(script, fresh_network(script), batch[0])) < 0.03
 
 
 @pytest.mark.skipif(not pqn.compiler_is_there(torch.device("cpu")), reason="torch.compile needs a C++ compiler")
-def test_compiled_equals_eager():
+@learners
+def test_compiled_equals_eager(script):
     """Same loss and gradient on the same data, same actions, in float32."""
-    batch, device = minibatch(32), torch.device("cpu")
-    eager, compiled = fresh_network(), pqn.speed_up(fresh_network(), "float32", torch.device("cpu"), use_compile=True)
-    plain, plain_logs = gradients_and_logs(eager, *batch)
-    fast, fast_logs = gradients_and_logs(compiled, *batch)
+    batch = minibatch(script, 32)
+    eager = fresh_network(script)
+    compiled = script.speed_up(fresh_network(script), "float32", torch.device("cpu"), use_compile=True)
+    plain, plain_logs = gradients_and_logs(script, eager, *batch)
+    fast, fast_logs = gradients_and_logs(script, compiled, *batch)
     assert relative_error(fast, plain) < 1e-3
     torch.testing.assert_close(fast_logs, plain_logs, rtol=1e-3, atol=1e-4)
-    explore, random_actions = torch.arange(32, device=device) % 2 == 0, torch.full((32,), 3)
+    chance = torch.arange(32) % 2 == 0, torch.full((32,), 3)
+    if hasattr(script, "Agent"):
+        chance = (script.gumbel_noise((32, 4), torch.Generator().manual_seed(0)),)
     with torch.no_grad():
-        assert torch.equal(
-            pqn.act(compiled, batch[0], explore, random_actions)[0], pqn.act(eager, batch[0], explore, random_actions)[0]
-        )
+        assert torch.equal(script.act(compiled, batch[0], *chance)[0], script.act(eager, batch[0], *chance)[0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
-def test_cuda_graphs_equal_plain_steps():
-    """Five updates each at two minibatch sizes in turn, plain and recorded, end at the same weights."""
-    networks, device = [fresh_network().cuda()], torch.device("cuda")
+@learners
+def test_cuda_graphs_equal_plain_steps(script):
+    """Five updates each at two minibatch sizes in turn, plain and recorded, end at the same weights; a recorded step reads a
+    learning rate that changes; gradients taken between two steps, as for the noise scale, disturb neither."""
+    networks, device = [fresh_network(script).cuda()], torch.device("cuda")
     networks.append(copy.deepcopy(networks[0]))
-    for q_network, graphed in zip(networks, (False, True), strict=True):
-        optimizer = torch.optim.RAdam(
-            q_network.parameters(), lr=torch.tensor(1e-3, device=device), foreach=True, capturable=True
-        )
+    for network, graphed in zip(networks, (False, True), strict=True):
+        learning_rate = torch.tensor(1e-3, device=device)
+        kind = torch.optim.Adam if hasattr(script, "Agent") else torch.optim.RAdam
+        optimizer = kind(network.parameters(), lr=learning_rate, foreach=True, capturable=True)
 
-        def step(*batch, q_network=q_network, optimizer=optimizer):
-            return pqn.update(q_network, optimizer, *batch, max_grad_norm=10.0, microbatch_size=1000)
+        def step(*batch, network=network, optimizer=optimizer):
+            return script.update(network, optimizer, *batch, **settings(script, 10.0), microbatch_size=1000)
 
-        step = pqn.CUDAGraphed(step) if graphed else step
-        for _ in range(5):
+        step = script.CUDAGraphed(step) if graphed else step
+        for i in range(5):
+            optimizer.param_groups[0]["lr"].fill_(1e-3 / (i + 1))
             for size in (96, 64):
-                step(*minibatch(size, device=device))
+                logs = step(*minibatch(script, size, device=device))
+                assert logs.isfinite().all() and len(logs) == len(script.LOSSES)
+            other = minibatch(script, 80, device=device)
+            arguments = (script.Args(), 1000) if hasattr(script, "Agent") else (1000,)
+            script.compute_gradient(network, *other, *arguments)
     for plain, graphed in zip(*(network.parameters() for network in networks), strict=True):
         torch.testing.assert_close(graphed, plain, rtol=1e-3, atol=1e-4)
 
 
-def final_storage(monkeypatch, tmp_path, *flags):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
+@learners
+def test_cuda_graphs_act_as_plain_steps(script):
+    """Recorded acting gives each group of games its own actions and values, also after another group's replay."""
+    network, device = fresh_network(script).cuda(), torch.device("cuda")
+    acting, results = script.CUDAGraphed(lambda *inputs: script.act(network, *inputs)), []
+    generator = torch.Generator(device).manual_seed(0)
+    groups = [minibatch(script, 16, device=device)[0], minibatch(script, 32, device=device)[0][16:]]
+    chance = [torch.rand(16, 4, generator=generator, device=device)]
+    if not hasattr(script, "Agent"):
+        chance = [chance[0][:, 0] < 0.5, torch.full((16,), 3, device=device)]
+    with torch.no_grad():
+        for _ in range(3):
+            results = [acting(group, *chance) for group in groups]
+        expected = [script.act(network, group, *chance) for group in groups]
+    for result, plain in zip(results, expected, strict=True):
+        torch.testing.assert_close(tuple(result), tuple(plain), rtol=1e-3, atol=1e-3)
+
+
+def final_storage(script, monkeypatch, tmp_path, *flags):
     """Runs the script in this process and returns its storage after the last rollout."""
     monkeypatch.chdir(tmp_path)
     arguments = "--env-id Breakout-v5 --num-envs 8 --rollout-length-min 8 --num-minibatches 4 --total-timesteps 800".split()
-    arguments += "--max-episode-steps 30 --eval-episodes 0 --start-e 1 --end-e 1 --precision float32".split()
-    monkeypatch.setattr(sys, "argv", ["pqn_abs_atari.py", *arguments, *flags])
-    script = runpy.run_path(pqn.__file__, run_name="__main__")
-    return {name: script[name] for name in "obs actions rewards terminations dones is_transition returns".split()}
+    arguments += "--max-episode-steps 30 --eval-episodes 0 --precision float32".split()
+    names = "obs actions rewards terminations dones is_transition".split()
+    if hasattr(script, "Agent"):
+        names += ["advantages", "log_probs", "values"]
+    else:
+        arguments += "--start-e 1 --end-e 1".split()
+        names += ["returns"]
+    monkeypatch.setattr(sys, "argv", [script.__file__, *arguments, *flags])
+    variables = runpy.run_path(script.__file__, run_name="__main__")
+    return {name: variables[name] for name in names}
 
 
-def test_pools_collect_the_same_rollout(monkeypatch, tmp_path):
+@learners
+def test_pools_collect_the_same_rollout(script, monkeypatch, tmp_path):
     """Games in two or four overlapped pools, or emulated by one thread: the same transitions in the same places."""
-    plain = final_storage(monkeypatch, tmp_path, "--env-pools", "1")
+    plain = final_storage(script, monkeypatch, tmp_path, "--env-pools", "1")
     assert plain["dones"].any() and not plain["is_transition"].all() and plain["obs"].any()
+    computed = {"returns", "advantages", "log_probs", "values"}
     for flags in (["--env-pools", "2"], ["--env-pools", "4", "--env-threads", "1"]):
-        overlapped = final_storage(monkeypatch, tmp_path, *flags)
-        for name in plain.keys() - {"returns"}:
+        overlapped = final_storage(script, monkeypatch, tmp_path, *flags)
+        for name in plain.keys() - computed:
             assert torch.equal(plain[name], overlapped[name]), name
         # Values may differ in the last bits, since the network sees batches of another size.
-        torch.testing.assert_close(overlapped["returns"], plain["returns"], rtol=1e-3, atol=1e-3)
+        for name in plain.keys() & computed:
+            torch.testing.assert_close(overlapped[name], plain[name], rtol=1e-3, atol=1e-3)
 
 
 MOVING = "--adapt-signal time --adapt-interval 1 --rollout-smoothing 1"  # another length at almost every iteration
