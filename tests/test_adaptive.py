@@ -7,11 +7,12 @@ import torch
 from conftest import modules_with
 
 scripts = pytest.mark.parametrize("script", modules_with("behavioral_divergence", "target_rollout_length"))
+all_scripts = pytest.mark.parametrize("script", modules_with("behavioral_divergence", "rollout_range"))
 schedules = pytest.mark.parametrize("schedule", ["log", "linear", "exp"])
 PUBLISHED = (16, 64, 0.05, 0.95)  # L_min, L_max, delta_min, delta_max
 
 
-@scripts
+@all_scripts
 def test_divergence_of_known_actions(script):
     """The share of states whose greedy action changed, an exact Python float."""
     old = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
@@ -25,7 +26,7 @@ def test_divergence_of_known_actions(script):
     assert script.behavioral_divergence(new, old) == 1 / 3  # neither float32 nor the size of the difference
 
 
-@scripts
+@all_scripts
 @pytest.mark.parametrize("shapes", [((4,), (3,)), ((4,), (4, 1)), ((1,), (4,)), ((0,), (0,))], ids=str)
 def test_divergence_refuses_shapes_that_differ_or_are_empty(script, shapes):
     """Broadcasting (4,) with (4, 1) would give a plausible wrong number, an empty mean NaN."""
@@ -103,7 +104,7 @@ def test_smoothing_reaches_a_constant_target(script):
     assert smoothed(16, 64, 0.1, 200, int) == 55  # what keeping the float is for
 
 
-@scripts
+@all_scripts
 @pytest.mark.parametrize("adapt_rollout", [True, False])
 def test_lengths_are_multiples_in_range_and_minibatches_equal(script, adapt_rollout):
     """For any accepted sizes: every length an adaptation can ask for is in range and divides into whole equal minibatches."""
@@ -136,7 +137,7 @@ def test_lengths_are_multiples_in_range_and_minibatches_equal(script, adapt_roll
     assert accepted > 100
 
 
-@scripts
+@all_scripts
 def test_rounding_takes_the_nearest_length(script):
     """Rounding adds no drift: never further from the wanted length than half a step, except at the ends of the range."""
     for wanted in [16 + i / 7 for i in range(48 * 7 + 1)]:
@@ -145,14 +146,22 @@ def test_rounding_takes_the_nearest_length(script):
     assert script.round_rollout_length(17.0, 17, 63, 4) == 20 and script.round_rollout_length(63.0, 17, 63, 4) == 60
 
 
-@scripts
+@all_scripts
 def test_published_settings(script):
     """The defaults are the paper's: 128 environments, [16, 64] steps, 4 minibatches, so batches of 2,048 to 8,192."""
     args = script.Args()
     assert script.rollout_range(args) == (args.rollout_length_min, args.rollout_length_max, 4)
     assert (args.num_envs, args.num_steps, args.rollout_length_min, args.num_minibatches) == (128, 32, 16, 4)
     longest = 128 if script.__name__ in ("pqn_l_abs_atari", "pqn_xl_abs_atari") else 64
-    assert (args.rollout_length_max, args.schedule, args.adapt_interval) == (longest, "log", 50)
+    assert (args.rollout_length_max, args.adapt_interval) == (longest, 50)
+    assert getattr(args, "schedule", "log") == "log"
     if script.__name__.startswith("pqn"):
         assert (args.divergence_min, args.divergence_max) == (0.05, 0.95)
     assert (args.rollout_smoothing, args.gamma, args.total_timesteps) == (0.1, 0.99, 20_000_000)
+    assert (args.learning_rate, args.anneal_lr) == (2.5e-4, hasattr(script, "Agent"))
+    if hasattr(script, "Agent"):  # CleanRL's PPO for Atari
+        assert (args.update_epochs, args.gae_lambda, args.clip_coef, args.max_grad_norm) == (4, 0.95, 0.1, 0.5)
+        assert (args.ent_coef, args.vf_coef, args.norm_adv, args.clip_vloss) == (0.01, 0.5, True, True)
+    else:
+        assert (args.update_epochs, args.q_lambda, args.max_grad_norm) == (2, 0.65, 10)
+        assert (args.start_e, args.end_e, args.exploration_fraction, args.eval_epsilon) == (1, 0.001, 0.1, 0)
