@@ -43,6 +43,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import zipfile
 from collections import deque
@@ -553,11 +554,36 @@ def evaluate(network, env_id, episodes, epsilon, seed, device, num_threads=0, ma
     }
 
 
+def write_file(path, content):
+    """Writes bytes to a file, beside and then renamed, so that neither a crash nor a full disk leaves half of it."""
+    part = Path(f"{path}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path, content):
+    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def serialize(content):
+    """What torch.save writes, as bytes: saved to a file directly, it would report a full disk in riddles."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
+
+
 def save_model(network, args, global_step, path):
-    """Writes weights, arguments and agent steps so far; beside and then renamed, so that no crash leaves half a file."""
+    """Writes weights, arguments and agent steps so far."""
     content = {"weights": network.state_dict(), "args": dataclasses.asdict(args), "global_step": global_step}
-    torch.save(content, f"{path}.part")
-    os.replace(f"{path}.part", path)
+    write_file(path, serialize(content))
 
 
 def load_model(path, device):
@@ -585,11 +611,6 @@ def make_run_dir(args):
             time.sleep(1)
         except OSError as e:
             fail(f"cannot make the run folder {run_dir}: {e.strerror}; start in a folder you may write to")
-
-
-def write_json(path, content):
-    Path(f"{path}.part").write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(f"{path}.part", path)
 
 
 @torch.no_grad()
@@ -749,20 +770,13 @@ MAY_CHANGE = set(
 
 
 def save_checkpoint(run_dir, content):
-    """Writes runs/<run>/checkpoint_<steps>.pt, beside and then renamed, so that no crash leaves half a file, and keeps the
-    last two. A disk that is full costs this checkpoint only: a line says so and training goes on."""
+    """Writes runs/<run>/checkpoint_<steps>.pt and keeps the last two. A disk that is full costs this checkpoint only: a line
+    says so and training goes on."""
     path = run_dir / f"checkpoint_{content['global_step']:012d}.pt"
-    part = Path(f"{path}.part")
     try:
-        with part.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:
-        print(f"warning: cannot write the checkpoint {path} ({e}); training goes on without it", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        write_file(path, serialize(content))
+    except OSError as e:
+        print(f"warning: cannot write {path} ({e.strerror}); training goes on without this checkpoint", file=sys.stderr)
         return
     for old in sorted(run_dir.glob("checkpoint_*.pt"))[:-2]:
         old.unlink(missing_ok=True)
@@ -851,6 +865,14 @@ def catch_signals():
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
     return received
+
+
+def explain_os_error(kind, error, traceback):
+    """For sys.excepthook: what the operating system refuses, such as space on a full disk, is one line and no traceback.
+    The writer of the curves passes on what its thread met, so that the thread itself may keep silent."""
+    if not issubclass(kind, OSError):
+        return sys.__excepthook__(kind, error, traceback)
+    print(f"error: {error}; --resume continues the run from its last checkpoint once that is mended", file=sys.stderr)
 
 
 def reduce_numbers(numbers, op=dist.ReduceOp.AVG):
@@ -942,6 +964,8 @@ class CUDAGraphed:
 if __name__ == "__main__":
     args, run_dir, checkpoint = find_run(parse_args())
     received_signals = catch_signals()
+    sys.excepthook = explain_os_error
+    threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else threading.__excepthook__(error)
 
     # Several processes (torchrun): each has its share of the environments, the first one logs, evaluates and saves
     rank, world_size, local_rank = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
