@@ -16,8 +16,15 @@ TINY = (
     "--rollout-smoothing 0.3 --reference-batch-size 64 --eval-episodes 2 --max-episode-steps 200 --learning-rate 1e-4 "
     "--no-anneal-lr --torch-threads 1 --env-threads 1"
 ).split()
-WINDOW = dict.fromkeys(SCRIPTS, "--divergence-warmup 2 --divergence-window 3".split())
-WINDOW["gns_batch_atari.py"] = "--noise-scale-warmup 2 --noise-scale-window 3".split()
+MEASURING = dict.fromkeys(SCRIPTS, "--divergence-warmup 2 --divergence-window 3".split())
+MEASURING["ppo_abs_atari.py"] = [
+    *MEASURING["ppo_abs_atari.py"],
+    "--kl-min",
+    "1e-6",
+    "--kl-max",
+    "1e-2",
+]  # what short runs go through
+MEASURING["gns_batch_atari.py"] = "--noise-scale-warmup 2 --noise-scale-window 3".split()
 SCALARS = set(
     "charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate losses/grad_norm "
     "abs/divergence abs/rollout_length abs/batch_size abs/minibatch_size "
@@ -34,7 +41,7 @@ class Run:
     """A finished run: its folder, what it printed and, by name, its scalars as (step, value)."""
 
     def __init__(self, script, *arguments, cwd):
-        self.result = run_script(script, *TINY, *WINDOW[script], *arguments, cwd=cwd)
+        self.result = run_script(script, *TINY, *MEASURING[script], *arguments, cwd=cwd)
         assert self.result.returncode == 0, self.result.stderr
         (self.dir,) = (cwd / "runs").iterdir()
         events = EventAccumulator(str(self.dir), size_guidance={"scalars": 0}).Reload()
@@ -160,45 +167,56 @@ def test_steps_stay_within_the_total(start):
     assert last <= 3000 and last + 8 * 16 > 3000
 
 
-def followed_lengths(module, run, target_of):
-    """The lengths of the published rule in a run of TINY, target_of(i) being the target at the i-th measurement, from 0."""
-    expected, length = [], 4.0
+def followed_lengths(module, run, targets, length_min, length_max, multiple, warmup=2):
+    """The lengths of the published rule in a run of TINY, given the targets at its measurements (every 2nd iteration)."""
+    expected, length = [], float(length_min)
     for iteration in range(1, len(run.values("abs/rollout_length")) + 1):
-        expected.append(module.round_rollout_length(length, 4, 16, 2))
+        expected.append(module.round_rollout_length(length, length_min, length_max, multiple))
         if iteration % 2 == 0:
-            target = target_of(iteration // 2 - 1) if iteration // 2 >= 2 else length
+            target = targets[iteration // 2 - 1] if iteration // 2 >= warmup else length
             length = 0.7 * length + 0.3 * target
     return expected
 
 
-def test_length_follows_the_signal(script, start):
-    """The lengths are those of the published rule: windowed mean, warm-up, float smoothing, rounding for the rollout only;
-    for the noise scale, the ratio of the windowed means."""
-    module = MODULES[script]
-    bounds = {"ppo_abs_atari.py": (1e-6, 1e-2)}.get(script, (0.05, 0.95))  # a KL that so short a run goes through
-    run = start(*STEPS) if script != "ppo_abs_atari.py" else start("--kl-min", bounds[0], "--kl-max", bounds[1], *STEPS)
-    lengths, steps = run.values("abs/rollout_length"), [step for step, _ in run.scalars["abs/batch_size"]]
+def windowed_means(run, name):
+    """Mean of the last three measurements at each one, every second iteration."""
+    measured = run.values(name)
+    assert [step for step, _ in run.scalars[name]] == [step for step, _ in run.scalars["abs/batch_size"]][1::2]
+    windows = [measured[max(0, i - 2) : i + 1] for i in range(len(measured))]
+    return [sum(window) / len(window) for window in windows]
 
-    def windows(name):
-        measured = run.values(name)
-        assert [step for step, _ in run.scalars[name]] == steps[1::2]
-        return [measured[max(0, i - 2) : i + 1] for i in range(len(measured))]
 
+@but_for_gns
+def test_length_follows_the_divergence(script, start):
+    """The lengths are those of the published rule: windowed mean, warm-up, float smoothing, rounding for the rollout only."""
+    module, run, signal, bounds = MODULES[script], start(*STEPS), "abs/divergence", (0.05, 0.95)
+    if script == "ppo_abs_atari.py":
+        signal, bounds = "abs/kl", (1e-6, 1e-2)
+    lengths, means = run.values("abs/rollout_length"), run.values(f"{signal}_mean")
+    assert means == pytest.approx(windowed_means(run, signal), rel=1e-5, abs=1e-9)
     assert all(0 <= d <= 1 for d in run.values("abs/divergence")) and max(run.values("abs/divergence")) > 0
-    if script == "gns_batch_atari.py":
-        noises, signals = ([sum(w) / len(w) for w in windows(f"gns/{name}")] for name in ("noise", "signal"))
-        assert min(noises) > 0
-        b_simple = [n / s if s > 0 else math.inf for n, s in zip(noises, signals, strict=True)]
-        assert run.values("gns/b_simple") == pytest.approx(b_simple, rel=1e-4)
-        targets = [min(max(math.floor(min(b, 1e9)) / 8, 4), 16) for b in b_simple]
-    else:
-        signal = "abs/divergence" if script != "ppo_abs_atari.py" else "abs/kl"
-        means = run.values(f"{signal}_mean")
-        assert means == pytest.approx([sum(w) / len(w) for w in windows(signal)], rel=1e-5, abs=1e-9)
-        targets = [module.target_rollout_length(mean, 4, 16, *bounds) for mean in means]
+    targets = [module.target_rollout_length(mean, 4, 16, *bounds) for mean in means]
     assert any(4 < target < 16 for target in targets)  # not the bounds alone
-    assert lengths == followed_lengths(module, run, lambda i: targets[i])
+    assert lengths == followed_lengths(module, run, targets, 4, 16, 2)
     assert lengths[:4] == [4] * 4 and len(set(lengths)) > 1
+
+
+@pytest.mark.parametrize("script", ["gns_batch_atari.py"], indirect=True)
+def test_length_follows_the_noise_scale(script, start):
+    """The batch is the ratio of the windowed means of noise and signal, within the range, or the largest where the signal is
+    not positive; warm-up, smoothing and rounding are those of ABS."""
+    flags = "--rollout-length-min 1 --rollout-length-max 8 --noise-scale-warmup 6"
+    module, run = MODULES[script], start(*flags.split(), *SHORT)
+    noises, signals = (windowed_means(run, f"gns/{name}") for name in ("noise", "signal"))
+    lengths = run.values("abs/rollout_length")
+    b_simple = [n / s if s > 0 else math.inf for n, s in zip(noises, signals, strict=True)]
+    assert run.values("gns/b_simple") == pytest.approx(b_simple, rel=1e-4) and min(noises) > 0
+    targets = [8 if b == math.inf else min(max(math.floor(b) / 8, 1), 8) for b in b_simple]
+    assert any(1 < target < 8 for target in targets[5:])  # not the bounds alone
+    assert lengths == followed_lengths(module, run, targets, 1, 8, 1, warmup=6)
+    early = followed_lengths(module, run, targets, 1, 8, 1, warmup=1)
+    assert lengths[:12] == [1] * 12 != early[:12] and len(set(lengths)) > 2  # the warm-up shows
+    assert all(0 <= d <= 1 for d in run.values("abs/divergence")) and max(run.values("abs/divergence")) > 0
 
 
 def test_time_as_signal(script, start):
