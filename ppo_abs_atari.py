@@ -1054,7 +1054,8 @@ if __name__ == "__main__":
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError):
             fail(f"{run_dir} holds another network; resume it with the script that began it")
-        optimizer.param_groups[0]["lr"] = learning_rate
+        if args.cudagraphs:
+            optimizer.param_groups[0]["lr"] = learning_rate  # the tensor on the GPU
         global_step, iteration, num_measurements = (checkpoint[n] for n in ("global_step", "iteration", "num_measurements"))
         rollout_length, schedule_timesteps = checkpoint["rollout_length"], checkpoint["schedule_timesteps"]
         for name, values in (("divergences", divergences), ("noise_scales", noise_scales), ("recent_returns", recent_returns)):
