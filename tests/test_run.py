@@ -13,17 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 TINY = (
     "--env-id Pong-v5 --num-envs 8 --rollout-length-min 4 --rollout-length-max 16 --num-minibatches 2 --adapt-interval 2 "
-    "--rollout-smoothing 0.3 --reference-batch-size 64 --eval-episodes 2 --max-episode-steps 200 --learning-rate 1e-4 "
+    "--rollout-smoothing 0.3 --reference-batch-size 24 --eval-episodes 2 --max-episode-steps 200 --learning-rate 1e-4 "
     "--no-anneal-lr --torch-threads 1 --env-threads 1"
 ).split()
 MEASURING = dict.fromkeys(SCRIPTS, "--divergence-warmup 2 --divergence-window 3".split())
-MEASURING["ppo_abs_atari.py"] = [
-    *MEASURING["ppo_abs_atari.py"],
-    "--kl-min",
-    "1e-6",
-    "--kl-max",
-    "1e-2",
-]  # what short runs go through
+MEASURING["ppo_abs_atari.py"] = MEASURING["ppo_abs_atari.py"] + "--kl-min 1e-6 --kl-max 1e-2".split()  # of so short a run
 MEASURING["gns_batch_atari.py"] = "--noise-scale-warmup 2 --noise-scale-window 3".split()
 SCALARS = set(
     "charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate losses/grad_norm "
@@ -247,8 +241,8 @@ def test_fixed_batch(script, start):
 def test_logging_the_noise_scale_changes_no_run(script, start):
     """--log-noise-scale adds its curves and changes no other curve, length or weight."""
     run, logged = start(*STEPS), start("--log-noise-scale", *STEPS)
-    # some measurements are made on a part of the rollout: another draw of that part would show
-    assert max(run.values("abs/batch_size")) > 64
+    # measurements are made on a part of the rollout: another draw of that part would show
+    assert min(run.values("abs/batch_size")) > run.args["reference_batch_size"]
     assert {k: v for k, v in logged.repeatable().items() if k not in NOISE_SCALE} == run.repeatable()
     assert same_weights(run, logged)
     for name in NOISE_SCALE:
