@@ -68,8 +68,8 @@ def test_a_short_training_learns_values(script, tmp_path):
 class Lamps:
     """The made-up game behind EnvPool's interface: it too resets on the step after the end."""
 
-    def __init__(self, num_envs):
-        self.action_space, self.num_envs, self.rng = SimpleNamespace(n=3), num_envs, np.random.default_rng(0)
+    def __init__(self, num_envs, seed=0):
+        self.action_space, self.num_envs, self.rng = SimpleNamespace(n=3), num_envs, np.random.default_rng(seed)
         self.lit, self.coming, self.step = np.zeros(num_envs, int), np.zeros(num_envs, int), np.zeros(num_envs, int)
 
     def pictures(self):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import DISTINCT, ROOT, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_learning import EXPLORATION, LAMPS
 
 PQN = "pqn_abs_atari.py"
 SIZE = (
@@ -361,3 +362,28 @@ def test_processes_must_share_evenly(tmp_path, run_here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     result = run_here(PQN, "--num-envs", 128)
     assert result.returncode == 2 and "use a multiple of 3" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+LEARN_LAMPS = """
+import os, runpy, sys
+sys.path.insert(0, sys.argv.pop(1))
+import envpool
+from test_learning import Lamps
+envpool.make = lambda *arguments, num_envs, **options: Lamps(num_envs, seed=int(os.environ.get("RANK", 0)))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", [PQN, "ppo_abs_atari.py"])
+def test_two_processes_learn_like_one(script, tmp_path):
+    """The same number of environments, split over two processes, learns the made-up game of test_learning.py as one does."""
+    (tmp_path / "learn.py").write_text(LEARN_LAMPS)
+    exploration = EXPLORATION if script == PQN else ()
+    command = (*TORCHRUN, str(tmp_path / "learn.py"), str(ROOT / "tests"))
+    process = start(script, *LAMPS, *exploration, cwd=tmp_path, command=command)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    (run_dir,) = tmp_path.glob("runs/*")
+    scores = [score for _, score in curves(run_dir)["charts/episodic_return"]]
+    assert sum(scores[-50:]) / 50 > 6  # one process: test_lamps_are_learned
