@@ -25,19 +25,22 @@ behavioral divergence, the share of states whose greedy action one iteration cha
     torchrun --nproc_per_node=4 pqn_abs_atari.py                  # on four GPUs
 
 --resume runs/<run> continues a run that was stopped, --eval-only --model runs/<run>/model.pt evaluates a trained model. A run
-leaves events, args.json, checkpoints, model.pt and eval.json in runs/<run>/. A step is one agent step (4 frames).
+leaves events, args.json, checkpoints, model.pt, eval.json and its source in runs/<run>/. A step is an agent step (4 frames).
 """
 
 import contextlib
 import dataclasses
 import difflib
 import glob
+import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import itertools
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -585,6 +588,27 @@ def make_run_dir(args):
             fail(f"cannot make the run folder {run_dir}: {e.strerror}; start in a folder you may write to")
 
 
+def keep_source(run_dir, device):
+    """Leaves in the run's folder the source of this script and, in versions.json, what runs it: a list that grows by one
+    entry, and a warning, where a run is continued by something else."""
+    source = Path(__file__).read_bytes()
+    versions = {
+        "script": Path(__file__).name,
+        "source": hashlib.sha256(source).hexdigest()[:12],
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in ("torch", "envpool", "numpy")},
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
+    }
+    path = run_dir / "versions.json"
+    past = json.loads(path.read_text()) if path.exists() else []
+    if past and past[-1] != versions:
+        changed = ", ".join(f"{name} (was {was})" for name, was in past[-1].items() if was != versions.get(name))
+        print(f"warning: what runs {run_dir} has changed since: {changed}", file=sys.stderr, flush=True)
+    if not past or past[-1] != versions:
+        write_file(run_dir / versions["script"], source)
+        write_json(path, [*past, versions])
+
+
 @torch.no_grad()
 def record_video(network, env_id, episodes, epsilon, seed, device, folder, max_episode_steps=27000, sticky=0.0):
     """Records full games in colour as mp4 files in `folder`, through ale-py and Gymnasium's wrappers instead of EnvPool: an
@@ -1064,6 +1088,7 @@ if __name__ == "__main__":
         writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in settings.items()))
     if rank == 0:
         write_json(run_dir / "args.json", settings)
+        keep_source(run_dir, device)
 
     # Storage, allocated once for the longest rollout; shorter ones use its beginning
     obs = torch.zeros((longest + 1, num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
@@ -1194,6 +1219,8 @@ if __name__ == "__main__":
                 mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
                 logs += update_step(*(x.index_select(0, inds) for x in batch), mb_weights)
         losses = (logs / (epochs * args.num_minibatches)).tolist()
+        for name, loss in zip(LOSSES, losses, strict=True):
+            writer.add_scalar(f"losses/{name}", loss, global_step)
         if not math.isfinite(sum(losses)):
             writer.close()
             fail(f"the loss is no longer finite at step {global_step}; a lower --learning-rate may help ({run_dir})", code=1)
@@ -1219,8 +1246,6 @@ if __name__ == "__main__":
             writer.add_scalar("abs/divergence_mean", mean_divergence, global_step)
             writer.add_scalar("time/divergence", time.perf_counter() - start, global_step)
 
-        for name, loss in zip(LOSSES, losses, strict=True):
-            writer.add_scalar(f"losses/{name}", loss, global_step)
         writer.add_scalar("abs/rollout_length", length, global_step)
         writer.add_scalar("abs/batch_size", batch_size, global_step)
         writer.add_scalar("abs/minibatch_size", minibatch_size, global_step)
@@ -1261,7 +1286,8 @@ if __name__ == "__main__":
         if stop:
             bar.close()
             print(
-                f"stopped by a signal at step {global_step:,}; to continue: python {Path(__file__).name} --resume {run_dir}",
+                f"stopped by a signal at step {global_step:,}; to continue: {'torchrun ...' if world_size > 1 else 'python'} "
+                f"{Path(__file__).name} --resume {run_dir}",
                 flush=True,
             )
             writer.close()

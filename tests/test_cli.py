@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DISTINCT, MODULES, ROOT, SCRIPTS, run_script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 scripts = pytest.mark.parametrize("script", SCRIPTS)
 distinct_scripts = pytest.mark.parametrize("script", DISTINCT)
@@ -304,8 +306,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path):
     assert 0 < step < 4000 and step % 16 == 0
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert json.loads((run_dir / "args.json").read_text())["learning_rate"] == 1e30
-    assert [p.name for p in run_dir.iterdir() if not p.name.startswith("events.")] == ["args.json"]
-    assert any(p.name.startswith("events.") for p in run_dir.iterdir())
+    assert sorted(p.name for p in run_dir.iterdir() if not p.name.startswith("events.")) == [
+        "args.json",
+        script,
+        "versions.json",
+    ]
+    events = EventAccumulator(str(run_dir)).Reload()
+    last_points = {name: events.Scalars(name)[-1] for name in events.Tags()["scalars"] if name.startswith("losses/")}
+    assert {point.step for point in last_points.values()} == {step}
+    assert not all(math.isfinite(point.value) for point in last_points.values())
 
 
 @scripts

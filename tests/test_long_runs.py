@@ -112,12 +112,8 @@ def test_sigterm_saves_and_says_how_to_go_on(stopped):
     step = load(checkpoints(run_dir)[-1])["global_step"]
     assert f"step {step:,};" in last and curves(run_dir)["abs/batch_size"][-1][0] == step
     assert len(checkpoints(run_dir)) == 2
-    assert sorted(p.name.split(".")[0].split("_")[0] for p in run_dir.iterdir()) == [
-        "args",
-        "checkpoint",
-        "checkpoint",
-        "events",
-    ]
+    names = sorted(p.name for p in run_dir.iterdir() if not p.name.startswith("events."))
+    assert names == sorted(["args.json", *(p.name for p in checkpoints(run_dir)), script, "versions.json"])
 
 
 def test_resume_continues_to_the_end(copy, tmp_path):
@@ -248,6 +244,24 @@ def test_auto_resume(copy, tmp_path):
 
 
 @pqn_only
+def test_what_runs_it_may_change_but_not_unseen(copy, tmp_path):
+    """A run that other code or another library continues says so, and versions.json lists both."""
+    script, run_dir = copy
+    path = run_dir / "versions.json"
+    (now,) = json.loads(path.read_text())
+    old = now | {"torch": "2.11.0", "source": "0123456789ab"}
+    path.write_text(json.dumps([old]))
+    for repeat in range(2):
+        result = run_script(script, "--resume", run_dir, "--total-timesteps", 2600 + 200 * repeat, cwd=tmp_path)
+        assert result.returncode == 0
+        assert json.loads(path.read_text()) == [old, now]
+        warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+        assert len(warnings) == 1 - repeat
+        if warnings:
+            assert "source (was 0123456789ab), torch (was 2.11.0)" in warnings[0] and "envpool" not in warnings[0]
+
+
+@pqn_only
 def test_extension_keeps_the_schedules(stopped, tmp_path):
     """A finished run goes on with a larger total; epsilon and learning rate stay on the first run's lines, as a line says."""
     script = stopped[0]
@@ -355,6 +369,25 @@ def test_a_lost_process_ends_the_others(tmp_path):
     os.kill(int(children[-1]), signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode not in (0, None)
+
+
+def test_sigterm_through_torchrun(tmp_path):
+    """SIGTERM to torchrun saves one checkpoint of all processes, from which as many go on."""
+    process = start(PQN, *SIZE, 10**6, cwd=tmp_path, command=TORCHRUN)
+    wait_for(lambda: list(tmp_path.glob("runs/*/args.json")), process)
+    time.sleep(2)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    (run_dir,) = tmp_path.glob("runs/*")
+    (path,) = checkpoints(run_dir)
+    assert process.returncode != 0 and f"to continue: torchrun ... {PQN} --resume {run_dir.relative_to(tmp_path)}" in output
+    step, points = load(path)["global_step"], len(curves(run_dir)["abs/batch_size"])
+    again = start(PQN, "--resume", run_dir, cwd=tmp_path, command=TORCHRUN)
+    wait_for(lambda: len(curves(run_dir)["abs/batch_size"]) > points, again)
+    again.terminate()
+    output, _ = again.communicate(timeout=60)
+    assert f"continuing at step {step:,}" in output and load(checkpoints(run_dir)[-1])["global_step"] > step
+    assert_curves_are_whole(run_dir)
 
 
 def test_processes_must_share_evenly(tmp_path, run_here, monkeypatch):

@@ -1,5 +1,6 @@
 """Short real runs: what a run leaves on disk, logs and repeats."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -8,7 +9,7 @@ import shutil
 import cv2
 import pytest
 import torch
-from conftest import DISTINCT, MODULES, SCRIPTS, run_script
+from conftest import DISTINCT, MODULES, ROOT, SCRIPTS, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TINY = (
@@ -87,11 +88,15 @@ SHORT = ("--total-timesteps", 1000)
 
 
 def test_files(script, start):
-    """args.json, model.pt and eval.json are complete, and no half-written file is left."""
+    """args.json, model.pt, eval.json and the source are complete, and no half-written file is left."""
     run = start(*STEPS)
     names = sorted(p.name for p in run.dir.iterdir() if not p.name.startswith("events."))
     last = run.scalars["abs/batch_size"][-1][0]
-    assert names == ["args.json", f"checkpoint_{last:012d}.pt", "eval.json", "model.pt"]
+    assert names == sorted(["args.json", f"checkpoint_{last:012d}.pt", "eval.json", "model.pt", script, "versions.json"])
+    (versions,) = json.loads((run.dir / "versions.json").read_text())
+    source = (run.dir / script).read_bytes()
+    assert source == (ROOT / script).read_bytes() and hashlib.sha256(source).hexdigest().startswith(versions["source"])
+    assert versions["script"] == script and versions["torch"] == torch.__version__ and versions["processor"]
     assert run.dir.name.startswith(f"Pong-v5__{script.removesuffix('.py')}__1__")
     assert set(run.args) == set(MODULES[script].Args.__dataclass_fields__)
     assert run.args["total_timesteps"] == 3000 and run.args["precision"] in ("float32", "bfloat16")
@@ -332,7 +337,7 @@ def test_large_networks_run(script, tmp_path):
     options = ("--total-timesteps", 256, "--max-episode-steps", 30, "--reference-batch-size", 16, *grow)
     run = Run(script, *options, cwd=tmp_path)
     names = [p.name for p in run.dir.iterdir() if p.suffix in (".json", ".pt") and not p.name.startswith("checkpoint_")]
-    assert sorted(names) == ["args.json", "eval.json", "model.pt"]
+    assert sorted(names) == ["args.json", "eval.json", "model.pt", "versions.json"]
     lengths = run.values("abs/rollout_length")
     assert lengths[0] == 2 < lengths[-1] and set(run.scalars) >= SCALARS | set(LOSSES[script]) | set(SIGNAL[script])
     model = torch.load(run.dir / "model.pt", weights_only=True)
