@@ -11,7 +11,7 @@ import envpool
 import numpy as np
 import pytest
 import torch
-from conftest import modules_with
+from conftest import ROOT, modules_with
 
 # The other scripts have the same environment, word for word (test_twins.py).
 scripts = pytest.mark.parametrize("script", modules_with("AtariEnvs")[:1])
@@ -276,7 +276,7 @@ def score_table(script):
 @scripts
 def test_score_table(script):
     """The 57 games and their scores are those of the data file, and EnvPool has every one of them."""
-    with open(Path(__file__).parent / "data" / "atari57_scores.csv", newline="") as file:
+    with open(ROOT / "benchmark" / "atari57_scores.csv", newline="") as file:
         expected = {row["env_id"]: (float(row["random"]), float(row["human"])) for row in csv.DictReader(file)}
     table = score_table(script)
     assert len(table) == 57 and table == expected
@@ -407,7 +407,7 @@ def test_video(script, tmp_path):
 
 def test_score_file_names_the_atari10():
     """Ten games carry a weight, for the median predicted from Atari-10."""
-    with open(Path(__file__).parent / "data" / "atari57_scores.csv", newline="") as file:
+    with open(ROOT / "benchmark" / "atari57_scores.csv", newline="") as file:
         assert sum(bool(row["atari10_weight"]) for row in csv.DictReader(file)) == 10
 
 

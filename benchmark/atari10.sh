@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Prints the study as a list of jobs, one complete command per line, for bash, GNU parallel or a Slurm array to run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() {
+    cat <<'TEXT'
+usage: benchmark/atari10.sh [options] [-- flags for every command] > jobs.txt
+
+  --figure N         the runs behind one figure of the report, instead of --scripts and --variants:
+                     1, 2, 3, 5 (PQN), 6 (PQN-L), 7 (PQN-XL), 4 (longest rollout 32, 64, 128 for all three), gns, ppo
+  --scripts "..."    of pqn l xl ppo gns                                                        (default: pqn)
+  --variants "..."   of adaptive, fixed (at the base length 32), longest and shortest (fixed at the ends of the range),
+                     max-32 max-64 max-128 (adaptive, up to so many steps), time (the open-loop control), scale-epochs,
+                     literal (no averaging of the divergence)                 (default: adaptive fixed longest)
+  --games "..."      atari10, atari57, or names such as "Pong Breakout"                     (default: atari10)
+  --seeds "..."                                                                               (default: 1 2 3)
+  --budget STEPS     agent steps of each run; measurements of the policy become as much more frequent as a run is
+                     shorter (every 50 iterations at 20 million steps)                     (default: 20000000)
+
+Lines are ordered by seed, so that an unfinished study has every game. Each carries --auto-resume: a command that is run
+again goes on where it stopped, and ends at once where it had finished.
+TEXT
+}
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+one_of() { # value, what it is, allowed values
+    [[ " $3 " == *" $1 "* ]] || fail "unknown $2 '$1'; use one of: $3"
+}
+
+scripts="pqn" variants="adaptive fixed longest" games="atari10" seeds="1 2 3" budget=20000000 figure=""
+while [ $# -gt 0 ] && [ "$1" != "--" ]; do
+    case "$1" in
+    -h | --help) usage && exit ;;
+    --figure | --scripts | --variants | --games | --seeds | --budget)
+        [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value; see --help"
+        printf -v "${1#--}" "%s" "$2"
+        shift 2
+        ;;
+    *) fail "unknown option '$1'; see --help (flags for the training commands follow after --)" ;;
+    esac
+done
+[ $# -gt 0 ] && shift
+extra=$(printf ' %q' "$@")
+[ $# -gt 0 ] || extra=""
+
+case "$figure" in
+"" | 1 | 2 | 3 | 5) ;;
+4) scripts="pqn l xl" variants="fixed max-32 max-64 max-128" ;;
+6) scripts="l" ;;
+7) scripts="xl" ;;
+gns) scripts="pqn gns" variants="adaptive fixed" ;;
+ppo) scripts="ppo" variants="adaptive fixed" ;;
+*) fail "unknown figure '$figure'; use 1 to 7, gns or ppo" ;;
+esac
+
+table=benchmark/atari57_scores.csv
+all=$(awk -F, 'NR > 1 {sub("-v5", "", $1); print $1}' $table | xargs)
+games=${games//atari10/$(awk -F, 'NR > 1 && $4 {sub("-v5", "", $1); print $1}' $table | xargs)}
+games=${games//atari57/$all}
+for game in $games; do one_of "${game%-v5}" game "$all"; done
+for script in $scripts; do one_of "$script" script "pqn l xl ppo gns"; done
+known="adaptive fixed longest shortest max-32 max-64 max-128 time scale-epochs literal"
+for variant in $variants; do one_of "$variant" variant "$known"; done
+for seed in $seeds; do [[ $seed =~ ^[0-9]+$ ]] || fail "a seed is a whole number, not '$seed'"; done
+[[ $budget =~ ^[0-9]+$ ]] && [ "$budget" -gt 0 ] || fail "--budget is a number of agent steps such as 20000000, not '$budget'"
+
+interval=$(((50 * budget + 10000000) / 20000000))
+common="--total-timesteps $budget --adapt-interval $((interval > 0 ? interval : 1)) --auto-resume$extra"
+for seed in $seeds; do
+    for game in $games; do
+        for script in $scripts; do
+            case $script in
+            pqn) file=pqn_abs_atari.py longest=64 ;;
+            l | xl) file=pqn_${script}_abs_atari.py longest=128 ;;
+            ppo) file=ppo_abs_atari.py longest=64 ;;
+            gns) file=gns_batch_atari.py longest=64 ;;
+            esac
+            for variant in $variants; do
+                case $variant in
+                adaptive) flags="" ;;
+                fixed) flags=" --no-adapt-rollout --num-steps 32" ;;
+                longest) flags=" --no-adapt-rollout --num-steps $longest" ;;
+                shortest) flags=" --no-adapt-rollout --num-steps 16" ;;
+                max-*) flags=" --rollout-length-max ${variant#max-}" ;;
+                time) flags=" --adapt-signal time" ;;
+                scale-epochs) flags=" --scale-epochs" ;;
+                literal) flags=" --divergence-window 1 --divergence-warmup 0" ;;
+                esac
+                if [ $script = gns ]; then # with a fixed batch it is PQN; the other variants are the divergence's
+                    case $variant in adaptive | max-*) ;; *) continue ;; esac
+                fi
+                echo "python $file --env-id ${game%-v5}-v5 --seed $seed$flags $common"
+            done
+        done
+    done
+done

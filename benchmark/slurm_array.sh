@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Runs a list of jobs as a Slurm array, one task per line, each of them requeued until it has finished:
+#
+#     benchmark/atari10.sh > jobs.txt
+#     sbatch --gpus=1 --array=1-$(wc -l < jobs.txt)%8 benchmark/slurm_array.sh jobs.txt
+#
+# Submit from the root of the repository with its virtual environment active. What stands on sbatch's command line goes before
+# the lines below. Submitting the same list again runs only what has not finished.
+#SBATCH --job-name=abs
+#SBATCH --cpus-per-task=8
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@120
+
+command=$(sed -n "${SLURM_ARRAY_TASK_ID:?submit this with sbatch --array}p" "${1:?the file with the jobs is missing}")
+[ -n "$command" ] || { echo "error: $1 has no line $SLURM_ARRAY_TASK_ID" >&2; exit 2; }
+echo "$(date): $command"
+
+# TERM comes two minutes before the time limit, or when another job takes the place: the script saves, this task queues again
+requeue=
+trap 'requeue=yes; kill -TERM $!' TERM
+eval "exec $command" &
+wait $! # which a signal ends early
+code=$?
+if [ -n "$requeue" ]; then
+    wait $!
+    code=$?
+    [ $code -eq 143 ] && scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
