@@ -67,6 +67,10 @@ for variant in $variants; do one_of "$variant" variant "$known"; done
 for seed in $seeds; do [[ $seed =~ ^[0-9]+$ ]] || fail "a seed is a whole number, not '$seed'"; done
 [[ $budget =~ ^[0-9]+$ ]] && [ "$budget" -gt 0 ] || fail "--budget is a number of agent steps such as 20000000, not '$budget'"
 
+if [ "$scripts" = gns ] && [[ " $variants " != *" adaptive "* && "$variants" != *max-* ]]; then
+    fail "gns has the variants adaptive and max-...; with a fixed batch it is pqn"
+fi
+
 interval=$(((50 * budget + 10000000) / 20000000))
 common="--total-timesteps $budget --adapt-interval $((interval > 0 ? interval : 1)) --auto-resume$extra"
 for seed in $seeds; do

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import math
-from pathlib import Path
 
 import ale_py
 import cv2
