@@ -37,13 +37,7 @@ def kind(args):
     return ("adaptive", args.rollout_length_max) if args.adapt_rollout else ("fixed", args.num_steps)
 
 
-PQN, L, XL, PPO, GNS = (
-    "pqn_abs_atari.py",
-    "pqn_l_abs_atari.py",
-    "pqn_xl_abs_atari.py",
-    "ppo_abs_atari.py",
-    "gns_batch_atari.py",
-)
+PQN, L, XL, PPO, GNS = SCRIPTS
 SWEEP = [("fixed", 32), ("adaptive", 32), ("adaptive", 64), ("adaptive", 128)]
 FIGURES = {
     "1": [(PQN, ("adaptive", 64)), (PQN, ("fixed", 32)), (PQN, ("fixed", 64))],
