@@ -11,21 +11,21 @@
 #SBATCH --time=04:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:USR1@120
 
 command=$(sed -n "${SLURM_ARRAY_TASK_ID:?submit this with sbatch --array}p" "${1:?the file with the jobs is missing}")
 [ -n "$command" ] || { echo "error: $1 has no line $SLURM_ARRAY_TASK_ID" >&2; exit 2; }
 echo "$(date): $command"
 
-# TERM comes two minutes before the time limit, or when another job takes the place: the script saves, this task queues again
-requeue=
-trap 'requeue=yes; kill -TERM $!' TERM
+# USR1 comes two minutes before the time limit: the script is asked to save, and this task queues again. scancel and preemption
+# send TERM to the script themselves; a task that was cancelled must not come back, and a preempted one Slurm requeues.
+trap 'at_limit=yes; kill -TERM $!' USR1
 eval "exec $command" &
 wait $! # which a signal ends early
 code=$?
-if [ -n "$requeue" ]; then
+if [ -n "$at_limit" ]; then
     wait $!
     code=$?
-    [ $code -eq 143 ] && scontrol requeue "$SLURM_JOB_ID"
+    [ $code -eq 143 ] && scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" # the bare id may be the whole array's
 fi
 exit $code
