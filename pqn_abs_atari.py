@@ -42,6 +42,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -150,7 +151,7 @@ class Args:
     reference_batch_size: int = 2048
     """number of states of the rollout on which divergence is measured, M (the whole batch if that is smaller)"""
     scale_epochs: bool = False
-    """if toggled, epochs grow with the rollout so that gradient steps per sample stay level"""
+    """if toggled, epochs grow with the rollout beyond num-steps, in whole ones, to keep gradient steps per sample level"""
     log_noise_scale: bool = False
     """if toggled, the gradient noise scale is measured and logged beside the divergence (one more epoch of gradients each)"""
 
@@ -244,6 +245,12 @@ def env_seeds(seed, num_envs, evaluation=False, start=0):
     is resumed at agent step `start` from the games it began with."""
     entropy = [seed, evaluation, start] if start else [seed, evaluation]
     return [int(s) // 4 * 2 + evaluation for s in np.random.SeedSequence(entropy).generate_state(num_envs)]
+
+
+def random_generator(device, *entropy):
+    """A torch.Generator of its own for each tuple of whole numbers, such as (seed, rank, purpose): hashed to the 32 bits that
+    a CPU's generator looks at, so that neighbouring tuples have nothing in common."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
 class AtariEnvs:
@@ -557,7 +564,8 @@ def serialize(content):
 
 def save_model(network, args, global_step, path):
     """Writes weights, arguments and agent steps so far."""
-    content = {"weights": network.state_dict(), "args": dataclasses.asdict(args), "global_step": global_step}
+    settings = dataclasses.asdict(args) | {"resume": "", "auto_resume": False}
+    content = {"weights": network.state_dict(), "args": settings, "global_step": global_step}
     write_file(path, serialize(content))
 
 
@@ -581,11 +589,12 @@ def make_run_dir(args):
         run_dir = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         try:
             run_dir.mkdir(parents=True)
+            claim(run_dir)
             return run_dir
         except FileExistsError:
             time.sleep(1)
         except OSError as e:
-            fail(f"cannot make the run folder {run_dir}: {e.strerror}; start in a folder you may write to")
+            fail(f"cannot make the run folder {run_dir}: {e.strerror}; start where runs/ is a folder you may write to")
 
 
 def keep_source(run_dir, device):
@@ -616,6 +625,7 @@ def record_video(network, env_id, episodes, epsilon, seed, device, folder, max_e
     import ale_py
     from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, RecordVideo, TimeLimit
 
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
     gym.register_envs(ale_py)
     ale_id = next(name for name in gym.registry if name.lower() == f"ale/{env_id}".lower())
     env = gym.make(ale_id, frameskip=1, repeat_action_probability=sticky, max_episode_steps=-1, render_mode="rgb_array")
@@ -694,7 +704,7 @@ def rollout_range(args):
     if high // multiple * multiple < low:
         fail(
             f"a rollout of {high} steps x {num_envs} environments does not divide into {args.num_minibatches} equal "
-            f"minibatches; use {math.ceil(low / multiple) * multiple} steps or fewer minibatches"
+            f"minibatches; use fewer, or {math.ceil(low / multiple) * multiple} steps"
         )
     return low, high, multiple
 
@@ -713,6 +723,13 @@ def check_args(args):
     for name, bound in at_least.items():
         if getattr(args, name) < bound:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; use {bound} or more")
+    at_most = {"num_envs": 65_536, "rollout_length_max": 65_536, "num_steps": 65_536, "max_episode_steps": 10_000_000}
+    at_most |= {"seed": 2**32 - 1, "env_threads": 1024, "torch_threads": 1024, "eval_episodes": 1_000_000}
+    for name, bound in at_most.items():
+        if getattr(args, name) > bound:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is too large; use {bound} or less")
+    if not args.exp_name or set(args.exp_name) & set("/\\\0"):
+        fail(f"--exp-name {args.exp_name!r} becomes a part of the run folder's name; use letters, digits and the like")
     for name in "learning_rate max_grad_norm divergence_min divergence_max rollout_smoothing".split():
         if not 0 < getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be a positive number")
@@ -760,8 +777,8 @@ def check_args(args):
 # A run may be continued with other values of these: they say where it runs and what is done beside training.
 MAY_CHANGE = set(
     "device torch_deterministic track wandb_project_name wandb_entity capture_video video_episodes eval_episodes eval_epsilon "
-    "eval_greedy eval_only model checkpoint_interval resume auto_resume compile microbatch_size env_pools env_threads "
-    "torch_threads".split()
+    "eval_greedy eval_only model checkpoint_interval resume auto_resume compile cudagraphs microbatch_size env_pools "
+    "env_threads torch_threads".split()
 )
 
 
@@ -785,7 +802,10 @@ def load_checkpoint(run_dir):
             with zipfile.ZipFile(path) as archive:  # PyTorch does not look at the checksums that it writes
                 if archive.testzip():
                     raise ValueError("wrong checksum")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if not {"weights", "optimizer", "random_states", "finished", "recent_returns"} <= set(content):
+                raise ValueError("not a checkpoint of these scripts")
+            return content
         except Exception as e:
             reason = str(e).strip().split("\n")[0][:100] or type(e).__name__
             print(f"warning: {path} is damaged ({reason}); looking for the one before", file=sys.stderr, flush=True)
@@ -795,9 +815,32 @@ def load_checkpoint(run_dir):
 def saved_args(run_dir):
     """The Args of a run, from its args.json; None where there is no such file of this script."""
     try:
-        return Args(**json.loads((run_dir / "args.json").read_text()))
-    except (OSError, ValueError, TypeError):
+        args = Args(**json.loads((run_dir / "args.json").read_text()))
+        scripts = [entry["script"] for entry in json.loads((run_dir / "versions.json").read_text())]
+    except FileNotFoundError as e:
+        scripts = []
+        if Path(e.filename).name == "args.json":
+            return None
+    except (OSError, ValueError, TypeError, KeyError):
         return None
+    fits = all(type(getattr(args, field.name)) is type(field.default) for field in dataclasses.fields(Args))
+    return args if fits and set(scripts) <= {Path(__file__).name} else None
+
+
+def claim(run_dir):
+    """Takes a run for this process, until it ends; False where another process has it. Torchrun's first process claims for
+    all. Where the system or the file system has no such locks, every claim is granted."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            try:
+                fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:
+                pass
+    return True
 
 
 def find_run(args):
@@ -807,11 +850,12 @@ def find_run(args):
     """
     names = [field.name for field in dataclasses.fields(Args) if field.name not in MAY_CHANGE]
     run_dir = checkpoint = None
-    if args.resume:
+    in_use = "is in use by another process; wait until that has ended, or stop it"
+    if args.resume or any(argument.partition("=")[0] == "--resume" for argument in sys.argv):
         run_dir = Path(args.resume)
-        saved = saved_args(run_dir)
+        saved = saved_args(run_dir) if args.resume else None
         if saved is None:
-            fail(f"--resume {run_dir} is no run of {Path(__file__).name}; give the folder of one, runs/<run>")
+            fail(f"--resume {args.resume!r} is no run of {Path(__file__).name}; give the folder of one, runs/<run>")
         args = parse_args(default=saved)
     check_args(args)
     if args.resume:
@@ -822,6 +866,8 @@ def find_run(args):
             fail(f"--resume continues a run with its own arguments; leave out {was}")
         if not os.access(run_dir, os.W_OK):
             fail(f"--resume writes to {run_dir}, which is read-only; copy the run to where you may write")
+        if not claim(run_dir):
+            fail(f"{run_dir} {in_use}")
         checkpoint = load_checkpoint(run_dir)
         if checkpoint is None:
             fail(f"{run_dir} has no checkpoint that can be read; start the run anew")
@@ -830,6 +876,8 @@ def find_run(args):
         for run_dir in runs:
             saved = saved_args(run_dir)
             same = saved and all(getattr(args, n) in ("auto", getattr(saved, n)) for n in names)
+            if same and not claim(run_dir):
+                fail(f"{run_dir} has the same arguments and {in_use}")
             checkpoint = load_checkpoint(run_dir) if same else None
             if checkpoint:
                 args.precision = saved.precision
@@ -854,7 +902,7 @@ def catch_signals():
 
     def handler(number, frame):
         if received:
-            print("stopped; --resume continues the run from its last checkpoint", flush=True)
+            print("stopped at once; --resume continues a training run from its last checkpoint", flush=True)
             sys.exit(128 + number)
         received.append(number)
 
@@ -868,7 +916,8 @@ def explain_os_error(kind, error, traceback):
     The writer of the curves passes on what its thread met, so that the thread itself may keep silent."""
     if not issubclass(kind, OSError):
         return sys.__excepthook__(kind, error, traceback)
-    print(f"error: {error}; --resume continues the run from its last checkpoint once that is mended", file=sys.stderr)
+    hint = "once that is mended, --resume continues a training run from its last checkpoint"
+    print(f"error: {error}; {hint}", file=sys.stderr)
 
 
 def reduce_numbers(numbers, op=dist.ReduceOp.AVG):
@@ -982,13 +1031,16 @@ if __name__ == "__main__":
     if args.compile and not compiler_is_there(device):
         print(f"--compile finds no {'Triton' if device.type == 'cuda' else 'C++ compiler'} here: running eagerly", flush=True)
         args.compile = False
-    args.cudagraphs = args.cudagraphs and device.type == "cuda"
+    if args.cudagraphs and device.type != "cuda":
+        print("--cudagraphs finds no CUDA device here: running without", flush=True)
+        args.cudagraphs = False
     env_threads = args.env_threads or cores
     torch.set_num_threads(args.torch_threads or cores)
 
     if args.eval_only:
         network, model_env_id = load_model(args.model, device)
-        if args.env_id not in (Args.env_id, model_env_id):
+        named = any(re.match("--env[-_]id", argument) for argument in sys.argv)
+        if args.env_id != model_env_id and named:
             fail(f"--model {args.model} was trained on {model_env_id}, not on {args.env_id}; leave --env-id out")
         args.env_id = model_env_id
         received_signals.append(0)  # a signal need not wait
@@ -1015,10 +1067,8 @@ if __name__ == "__main__":
     update_step = partial(update, network, optimizer, max_grad_norm=args.max_grad_norm, microbatch_size=microbatch_size)
     if args.cudagraphs:
         act_step, update_step = CUDAGraphed(act_step), CUDAGraphed(update_step)
-    # Training draws from one generator and measuring from another, so measuring changes no run.
-    rank_seed = args.seed + 1_000_003 * rank  # within the 32 bits that the CPU's generator looks at
-    rng = torch.Generator(device).manual_seed(rank_seed)
-    reference_rng = torch.Generator(device).manual_seed(rank_seed)
+    # Training draws from one generator and measuring from others, so measuring changes no run
+    rng, reference_rng = (random_generator(device, args.seed, rank, purpose) for purpose in range(2))
 
     # Adaptive Batch Scaling
     length_min, length_max, length_multiple = rollout_range(args)
@@ -1047,14 +1097,29 @@ if __name__ == "__main__":
             try:
                 generator.set_state(random_state)
             except RuntimeError:  # another kind of device has another kind of generator
-                generator.manual_seed(rank_seed + global_step)
+                generator.manual_seed(generator.initial_seed() + global_step)
+
+    # Storage, allocated once for the longest rollout; shorter ones use its beginning
+    shortest, longest = (round_rollout_length(n, length_min, length_max, length_multiple) for n in (length_min, length_max))
+    try:
+        obs = torch.zeros((longest + 1, num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
+        actions = torch.zeros((longest, num_envs), dtype=torch.int64, device=device)
+        values = torch.zeros((longest + 1, num_envs), device=device)
+        rewards = torch.zeros((longest, num_envs))
+        terminations = torch.zeros((longest, num_envs), dtype=torch.bool)
+        dones = torch.zeros((longest, num_envs), dtype=torch.bool)
+        is_transition = torch.zeros((longest, num_envs), dtype=torch.bool)
+    except RuntimeError:
+        size = (longest + 1) * num_envs * 4 * 84 * 84 / 2**30
+        fail(
+            f"no memory for a rollout of {longest} steps x {num_envs} environments ({size:,.1f} GiB); make one of them smaller"
+        )
 
     # Run folder and logs
     run_dir = run_dir or (make_run_dir(args) if rank == 0 else None)
     if world_size > 1:
         dist.broadcast_object_list(folder := [run_dir])
         run_dir = folder[0]
-    shortest, longest = (round_rollout_length(n, length_min, length_max, length_multiple) for n in (length_min, length_max))
     threads = f"{torch.get_num_threads()} PyTorch and {env_threads} emulator threads" + f", {world_size} processes" * (
         world_size > 1
     )
@@ -1089,15 +1154,6 @@ if __name__ == "__main__":
     if rank == 0:
         write_json(run_dir / "args.json", settings)
         keep_source(run_dir, device)
-
-    # Storage, allocated once for the longest rollout; shorter ones use its beginning
-    obs = torch.zeros((longest + 1, num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
-    actions = torch.zeros((longest, num_envs), dtype=torch.int64, device=device)
-    values = torch.zeros((longest + 1, num_envs), device=device)
-    rewards = torch.zeros((longest, num_envs))
-    terminations = torch.zeros((longest, num_envs), dtype=torch.bool)
-    dones = torch.zeros((longest, num_envs), dtype=torch.bool)
-    is_transition = torch.zeros((longest, num_envs), dtype=torch.bool)
 
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True, file=sys.stdout, disable=None)
     start_step, last_checkpoint_step, last_log = global_step, global_step, time.time()
@@ -1200,12 +1256,13 @@ if __name__ == "__main__":
         # The gradient noise scale, the rival signal, needs the gradients of an epoch's minibatches at unchanged parameters
         if measure and args.log_noise_scale:
             start, gradients = time.perf_counter(), []
-            noise_rng = torch.Generator(device).manual_seed(rank_seed + iteration)  # its own, or logging would change the run
+            noise_rng = random_generator(device, args.seed, rank, 2, iteration)
             for inds in torch.randperm(length * num_envs, generator=noise_rng, device=device).split(minibatch_size):
                 mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
                 gradient_step(*(x.index_select(0, inds) for x in batch), mb_weights)
                 gradients.append(nn.utils.parameters_to_vector(p.grad for p in network.parameters()))
-            noise_scales.append(gradient_noise_scale(gradients, float(b_weights.sum()) * world_size / args.num_minibatches))
+            transitions = reduce_numbers([float(b_weights.sum())])[0] * world_size
+            noise_scales.append(gradient_noise_scale(gradients, transitions / args.num_minibatches))
             noise, signal = np.mean(noise_scales, axis=0)
             b_simple = noise / signal if signal > 0 else math.inf  # a ratio of means, not a mean of ratios
             writer.add_scalar("gns/noise", noise_scales[-1][0], global_step)
@@ -1232,7 +1289,7 @@ if __name__ == "__main__":
             states = states[torch.randperm(len(states), generator=reference_rng, device=device)]
             states = states[: max(1, args.reference_batch_size // world_size)]
             new_actions, old_actions = greedy_actions(network, b_obs[states]), greedy_actions(old_network, b_obs[states])
-            divergences += reduce_numbers([behavioral_divergence(new_actions, old_actions)])
+            divergences.append(reduce_numbers([behavioral_divergence(new_actions, old_actions)])[0])
             num_measurements += 1
             mean_divergence = sum(divergences) / len(divergences)
             target = rollout_length
@@ -1285,11 +1342,8 @@ if __name__ == "__main__":
             last_checkpoint_step, last_checkpoint_time = global_step, time.time()
         if stop:
             bar.close()
-            print(
-                f"stopped by a signal at step {global_step:,}; to continue: {'torchrun ...' if world_size > 1 else 'python'} "
-                f"{Path(__file__).name} --resume {run_dir}",
-                flush=True,
-            )
+            command = ["python" if world_size == 1 else "torchrun ...", shlex.join([sys.argv[0], "--resume", str(run_dir)])]
+            print(f"stopped by a signal at step {global_step:,}; to continue: {' '.join(command)}", flush=True)
             writer.close()
             sys.exit(128 + int(stop))
 

@@ -67,6 +67,17 @@ BAD_ARGUMENTS = [
     ("--torch-threads -1", "--torch-threads -1"),
     ("--microbatch-size -1", "--microbatch-size -1"),
     ("--seed -1", "--seed -1"),
+    ("--seed 99999999999999999999999", "4294967295 or less"),
+    ("--num-envs 1000000000", "65536 or less"),
+    ("--rollout-length-max 1000000000", "65536 or less"),
+    ("--no-adapt-rollout --num-steps 1000000000", "65536 or less"),
+    ("--rollout-length-max 65536 --num-envs 512", "no memory"),
+    ("--max-episode-steps 9999999999999", "10000000 or less"),
+    ("--torch-threads 100000", "1024 or less"),
+    ("--env-threads 100000", "1024 or less"),
+    ("--exp-name a/b", "'a/b'"),
+    ("--exp-name ../../x", "'../../x'"),
+    ("--exp-name=", "--exp-name ''"),
     # batches that do not come out even, or at all
     ("--num-envs 1 --num-minibatches 100", "minibatches"),
     ("--num-envs 3 --no-adapt-rollout --num-steps 5 --num-minibatches 4", "minibatches"),
@@ -240,12 +251,13 @@ def test_models_that_are_none(script, kind, run_here, tmp_path):
 
 
 @distinct_scripts
-def test_model_of_another_game(script, run_here, tmp_path):
-    """--eval-only plays the game of the model; asking for another one is refused."""
+@pytest.mark.parametrize("game", ["Boxing-v5", "Breakout-v5"])
+def test_model_of_another_game(script, game, run_here, tmp_path):
+    """--eval-only plays the game of the model; asking for another one is refused, the default game too."""
     module = MODULES[script]
     content = {"weights": network_of(module, 6)[0].state_dict(), "args": {"env_id": "Pong-v5"}, "global_step": 0}
     torch.save(content, tmp_path / "model.pt")
-    result = run_here(script, "--eval-only", "--model", tmp_path / "model.pt", "--env-id", "Boxing-v5")
+    result = run_here(script, "--eval-only", "--model", tmp_path / "model.pt", "--env-id", game)
     assert result.returncode == 2
     is_one_helpful_line(result, "Pong-v5")
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]

@@ -108,7 +108,7 @@ def test_sigterm_saves_and_says_how_to_go_on(stopped):
     script, run_dir, code, output, errors = stopped
     assert code == 143 and not errors
     last = output.splitlines()[-1]
-    assert f"python {script} --resume runs/{run_dir.name}" in last
+    assert f"python {ROOT / script} --resume runs/{run_dir.name}" in last
     step = load(checkpoints(run_dir)[-1])["global_step"]
     assert f"step {step:,};" in last and curves(run_dir)["abs/batch_size"][-1][0] == step
     assert len(checkpoints(run_dir)) == 2
@@ -224,8 +224,59 @@ def test_other_arguments_are_refused(copy, run_here, tmp_path):
     ):
         result = run_here(script, *arguments)
         assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and hint in result.stderr, result.stderr
-    result = run_here("pqn_l_abs_atari.py", "--resume", run_dir)
-    assert result.returncode == 2 and "another network" in result.stderr and len(result.stderr.splitlines()) == 1
+    for hint in ("no run of pqn_l_abs_atari.py", "another network"):
+        result = run_here("pqn_l_abs_atari.py", "--resume", run_dir)
+        assert result.returncode == 2 and hint in result.stderr and len(result.stderr.splitlines()) == 1
+        (run_dir / "versions.json").unlink(missing_ok=True)  # runs of earlier versions do not say whose they are
+
+
+@pqn_only
+def test_what_is_no_run_is_refused(copy, run_here):
+    """Files that can be read but are not what they should be, and a folder that was forgotten, each get their line."""
+    script, run_dir = copy
+    for arguments in (["--resume", ""], ["--resume="]):
+        result = run_here(script, *arguments)
+        assert result.returncode == 2 and "no run of" in result.stderr and len(result.stderr.splitlines()) == 1
+    for path in checkpoints(run_dir):
+        torch.save({"a": 1}, path)
+    result = run_here(script, "--resume", run_dir)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 3
+    assert result.stderr.count("not a checkpoint") == 2 and "no checkpoint that can be read" in result.stderr
+    args = json.loads((run_dir / "args.json").read_text())
+    (run_dir / "args.json").write_text(json.dumps(args | {"seed": "abc"}))
+    result = run_here(script, "--resume", run_dir)
+    assert result.returncode == 2 and "no run of" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pqn_only
+def test_a_run_belongs_to_one_process(copy, tmp_path):
+    """While a process runs it, a second one with the same arguments is refused, and takes over when that is gone."""
+    script, run_dir = copy
+    steps = (*SIZE[:-1], "--total-timesteps", 2400)
+    first = start(script, "--resume", run_dir, "--eval-episodes", 10**6, cwd=tmp_path)
+    wait_for(lambda: len(list(run_dir.glob("events.*"))) > 1, first)
+    for arguments in (("--resume", run_dir), (*steps, "--auto-resume")):
+        second = run_script(script, *arguments, cwd=tmp_path)
+        assert second.returncode == 2 and "in use by another process" in second.stderr and not second.stdout
+        assert len(second.stderr.splitlines()) == 1 and first.poll() is None
+    first.kill()
+    first.communicate()
+    third = run_script(script, *steps, "--auto-resume", cwd=tmp_path)
+    assert third.returncode == 0 and "continuing" in third.stdout, third.stderr
+    assert len(list(tmp_path.glob("runs/*"))) == 1
+    assert_curves_are_whole(run_dir)
+
+
+@pytest.mark.parametrize("stopped", ["gns_batch_atari.py"], indirect=True)
+def test_resume_where_the_next_iteration_measures_nothing(copy, tmp_path):
+    """The progress line needs no noise scale of this very process."""
+    script, run_dir = copy
+    path = checkpoints(run_dir)[-1]
+    content = load(path)
+    assert content["noise_scales"]
+    torch.save(content | {"iteration": content["iteration"] // 2 * 2}, path)  # measured at even ones
+    result = run_script(script, "--resume", run_dir, cwd=tmp_path)
+    assert result.returncode == 0 and not result.stderr, result.stderr
 
 
 @pqn_only
@@ -328,6 +379,7 @@ destroy = dist.destroy_process_group
 def keep_then_destroy():
     g = sys._getframe(1).f_globals
     kept = {k: g[k] for k in ("rollout_length", "iteration", "num_measurements", "seeds")}
+    kept["noise_scales"] = list(g["noise_scales"])
     kept |= {"weights": g["network"].state_dict(), "random_states": [g[k].get_state() for k in ("rng", "reference_rng")]}
     torch.save(kept, f"rank{os.environ['RANK']}.pt")
     destroy()
@@ -341,11 +393,13 @@ def test_two_processes_stay_one_policy(script, tmp_path):
     """After many adaptations both processes have the same parameters and length, but games and actions of their own."""
     (tmp_path / "keep.py").write_text(KEEP_PARAMETERS)
     command = (*TORCHRUN, str(tmp_path / "keep.py"))
-    process = start(script, *SIZE, 1500, "--adapt-interval", 1, cwd=tmp_path, command=command)
+    lives = ("--env-id", "Breakout-v5", "--episodic-life")  # the processes differ in their number of reset steps
+    noise = () if script == "gns_batch_atari.py" else ("--log-noise-scale",)
+    process = start(script, *SIZE, 1500, "--adapt-interval", 1, *lives, *noise, cwd=tmp_path, command=command)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     first, second = (load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    for name in ("weights", "rollout_length", "iteration", "num_measurements"):
+    for name in ("weights", "rollout_length", "iteration", "num_measurements", "noise_scales"):
         assert same(first[name], second[name]), name
     assert first["num_measurements"] > 20
     if script != "gns_batch_atari.py":  # the noise scale of so few samples asks for the shortest rollout
@@ -380,7 +434,7 @@ def test_sigterm_through_torchrun(tmp_path):
     output, _ = process.communicate(timeout=60)
     (run_dir,) = tmp_path.glob("runs/*")
     (path,) = checkpoints(run_dir)
-    assert process.returncode != 0 and f"to continue: torchrun ... {PQN} --resume {run_dir.relative_to(tmp_path)}" in output
+    assert process.returncode != 0 and f"to continue: torchrun ... {ROOT / PQN} --resume runs/{run_dir.name}" in output
     step, points = load(path)["global_step"], len(curves(run_dir)["abs/batch_size"])
     again = start(PQN, "--resume", run_dir, cwd=tmp_path, command=TORCHRUN)
     wait_for(lambda: len(curves(run_dir)["abs/batch_size"]) > points, again)
