@@ -1,0 +1,283 @@
+"""benchmark/report.py on made-up runs whose statistics are known, and on runs that are missing, broken, mixed or double."""
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import MODULES, ROOT
+from torch.utils.tensorboard import SummaryWriter
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import report  # noqa: E402
+
+PQN = MODULES["pqn_abs_atari.py"]
+TABLE = pd.read_csv(ROOT / "benchmark" / "atari57_scores.csv", index_col="env_id")
+ATARI_10 = [game.removesuffix("-v5") for game in TABLE.index[TABLE.atari10_weight.notna()]]
+VERSIONS = {"script": "", "source": "a" * 12, "python": "3.11", "torch": "2.13", "envpool": "1.2", "processor": "CPU"}
+BUDGET = 100_000
+
+
+def make_run(folder, game="Pong", seed=1, hns=0.5, script="pqn_abs_atari.py", at=0, steps=BUDGET, source=None, **settings):
+    """A run as the scripts leave it: args.json from the script's own defaults, curves up to `steps`, and, where it reached the
+    end, an evaluation whose human-normalised score is `hns` exactly."""
+    name = script.removesuffix(".py")
+    run = folder / f"{game}-v5__{name}__{seed}__{1_700_000_000 + 1000 * seed + at}"
+    run.mkdir(parents=True)
+    args = MODULES[script].Args(env_id=f"{game}-v5", exp_name=name, seed=seed, total_timesteps=BUDGET, precision="float32")
+    args = dataclasses.replace(args, **settings)
+    (run / "args.json").write_text(json.dumps(dataclasses.asdict(args)))
+    versions = VERSIONS | {"script": script} | ({"source": source} if source else {})
+    (run / "versions.json").write_text(json.dumps([versions]))
+    random, human = TABLE.random[args.env_id], TABLE.human[args.env_id]
+    score = random + hns * (human - random)
+    rng = np.random.default_rng([seed, len(game)])
+    with SummaryWriter(str(run)) as writer:
+        length, step = (args.rollout_length_min if args.adapt_rollout else args.num_steps), 0
+        while step + length * args.num_envs <= steps:
+            step += length * args.num_envs
+            progress = step / BUDGET
+            writer.add_scalar("abs/rollout_length", length, step)
+            writer.add_scalar("abs/batch_size", length * args.num_envs, step)
+            writer.add_scalar("losses/td_loss", 1 - progress, step)
+            writer.add_scalar("abs/divergence", np.clip(math.exp(-3 * progress) + rng.normal() / 20, 0, 1), step)
+            writer.add_scalar("charts/episodic_return", random + (score - random) * progress * rng.uniform(0.8, 1.2), step)
+            if "kl_min" in dataclasses.asdict(args):
+                writer.add_scalar("abs/kl", 0.003 * math.exp(-3 * progress), step)
+            if script == "gns_batch_atari.py":
+                writer.add_scalar("gns/b_simple", 10 + 3000 * progress, step)
+            if args.adapt_rollout:
+                length = round(args.rollout_length_min + (args.rollout_length_max - args.rollout_length_min) * progress)
+    if steps == BUDGET:
+        evaluation = {"env_id": args.env_id, "episodes": 100, "epsilon": 0.0, "seed": seed, "mean": score, "std": 1.0}
+        (run / "eval.json").write_text(json.dumps(evaluation | {"human_normalized_score": hns}))
+    return run
+
+
+def make_report(folder, out, *options, code=0):
+    command = [
+        sys.executable,
+        str(ROOT / "benchmark" / "report.py"),
+        str(folder),
+        "--out",
+        str(out),
+        "--reps",
+        "200",
+        *options,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == code, result.stderr
+    return result
+
+
+FIXED = {"adapt_rollout": False, "num_steps": 32}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Ten games, two seeds, ABS with HNS 1.1 and 1.3 everywhere, fixed at 32 with 0.4 and 0.6; ABS up to 32 in one seed, with
+    0.5: (folder of the report, what the program printed)."""
+    folder = tmp_path_factory.mktemp("study")
+    for game in ATARI_10:
+        for seed in (1, 2):
+            make_run(folder / "runs", game, seed, 1.0 + 0.1 * (2 * seed - 1))
+            make_run(folder / "runs", game, seed, 0.3 + 0.1 * (2 * seed - 1), at=1, **FIXED)
+        make_run(folder / "runs", game, 1, 0.5, at=2, rollout_length_max=32)
+    return folder / "report", make_report(folder / "runs", folder / "report")
+
+
+def table(study, name):
+    return pd.read_csv(study[0] / f"{name}.csv")
+
+
+def test_scores_per_game(study):
+    """Mean, standard deviation over seeds (ddof 1) and human-normalised score of every game and variant."""
+    games = table(study, "games").set_index(["env_id", "variant"])
+    assert len(games) == 30 and set(games.index.get_level_values(1)) == {"PQN ABS 16-64", "PQN ABS 16-32", "PQN fixed 32"}
+    own = games.loc[("Qbert-v5", "PQN ABS 16-64")]
+    random, human = TABLE.random["Qbert-v5"], TABLE.human["Qbert-v5"]
+    assert own.seeds == 2 and own.hns_mean == pytest.approx(1.2) and own.hns_std == pytest.approx(0.2 / math.sqrt(2), rel=1e-5)
+    assert own.score_mean == pytest.approx(random + 1.2 * (human - random), rel=1e-5)
+    assert own.score_std == pytest.approx(0.2 / math.sqrt(2) * (human - random), rel=1e-5)
+    assert math.isnan(games.loc[("Qbert-v5", "PQN ABS 16-32")].score_std)
+
+
+def test_aggregates(study):
+    """IQM, mean, median and optimality gap; the prediction of the 57 games by the published formula; intervals around them."""
+    rows = table(study, "aggregates").set_index("variant")
+    own, fixed, single = (rows.loc[v] for v in ("PQN ABS 16-64", "PQN fixed 32", "PQN ABS 16-32"))
+    for name, value in (("iqm", 1.2), ("mean", 1.2), ("median", 1.2), ("optimality_gap", 0.0)):
+        assert own[name] == pytest.approx(value), name
+        assert own[f"{name}_low"] <= value + 1e-6 and value - 1e-6 <= own[f"{name}_high"]
+    assert 1.1 <= own["mean_low"] < 1.2 < own["mean_high"] <= 1.3
+    assert fixed["optimality_gap"] == pytest.approx(0.5) and fixed["seeds"] == 2 and fixed["games"] == 10
+    weights = TABLE.atari10_weight.dropna()
+    for row, hns in ((own, 1.2), (fixed, 0.5)):
+        assert row["predicted_atari57_median"] == pytest.approx(
+            10 ** (weights.sum() * math.log10(1 + 100 * hns)) - 1, rel=1e-4
+        )
+    assert single["seeds"] == 1 and math.isnan(single["iqm_low"]) and single["iqm"] == pytest.approx(0.5)
+
+
+def test_comparisons(study):
+    """Probability of improvement, difference and improvement over each baseline, per game and over all."""
+    rows = table(study, "comparisons").set_index(["variant", "baseline"])
+    own = rows.loc[("PQN ABS 16-64", "PQN fixed 32")]
+    assert own.probability_of_improvement == 1 and own.mean_difference == pytest.approx(0.7)
+    assert own.mean_improvement_percent == pytest.approx(70)  # the human, 1, is more than the baseline's 0.5
+    assert own.mean_improvement_percent_low < 70 < own.mean_improvement_percent_high
+    other = rows.loc[("PQN ABS 16-32", "PQN fixed 32")]
+    assert other.probability_of_improvement == pytest.approx(0.5) and math.isnan(other.mean_difference_low)
+    games = table(study, "improvement")
+    assert len(games) == 20 and set(games.seeds_baseline) == {2}
+    assert report.relative_improvement(np.array([3.0]), np.array([2.0])) == pytest.approx(50)
+
+
+def test_curves(study):
+    """Every run has its curve, on a grid that ends with the budget; returns are there only once a game has ended."""
+    curves = table(study, "curves")
+    assert curves.run.nunique() == 50 and 0.97 * BUDGET < curves.step.max() <= BUDGET
+    own = curves[curves.run.str.startswith("Pong") | curves.run.str.startswith("Qbert-v5__pqn_abs_atari__1__1700001000")]
+    assert own.rollout_length.max() > 50 and own.divergence.iloc[-5:].mean() < 0.3 < own.divergence.dropna().iloc[0]
+    assert math.isnan(own.episodic_return.iloc[0])
+    assert (study[0] / "curves.csv").stat().st_size < 1_000_000
+
+
+def test_figures(study):
+    """All figures of the paper are drawn, as pictures with something on them, and shown in report.md."""
+    text = (study[0] / "report.md").read_text()
+    names = {p.stem for p in (study[0] / "figures").glob("*.png")}
+    assert names >= {"divergence_pqn", "return_pqn", "batch_pqn_abs_16_64", "length_max"}
+    assert "improvement_pqn_abs_16_64_over_pqn_fixed_32" in names
+    for name in names:
+        picture = cv2.imread(str(study[0] / "figures" / f"{name}.png"))
+        assert picture.shape[1] > 600 and (picture < 128).mean() > 0.005, name
+        assert (study[0] / "figures" / f"{name}.pdf").stat().st_size > 1000 and f"figures/{name}.png" in text
+
+
+def test_few_seeds_are_a_warning(study):
+    """The number of seeds stands beside every number, and too few are called so."""
+    text, printed = (study[0] / "report.md").read_text(), study[1].stdout
+    assert "Too few seeds" in text and "Too few seeds" in printed
+    assert "PQN ABS 16-32 (1 seed)" in text and "1 seed: no interval" in text and "2 seeds" in text
+
+
+def test_the_same_report_twice(study, tmp_path):
+    """Bootstrap intervals do not depend on chance."""
+    folder = study[0].parent
+    make_report(folder / "runs", tmp_path / "again")
+    for name in ("aggregates", "comparisons"):
+        assert (tmp_path / "again" / f"{name}.csv").read_text() == (study[0] / f"{name}.csv").read_text()
+
+
+def test_doubtful_runs_are_named(tmp_path):
+    """Unfinished, diverged, damaged, double and mixed runs each get their line; only sound ones count."""
+    runs = tmp_path / "runs"
+    sound = [make_run(runs, "Pong", seed, 0.5) for seed in (1, 2)]
+    older = make_run(runs, "Pong", 2, 0.1, at=-100)
+    unfinished = make_run(runs, "Pong", 3, steps=50_000)
+    diverged = make_run(runs, "Pong", 4, steps=60_000)
+    with SummaryWriter(str(diverged)) as writer:
+        writer.add_scalar("losses/td_loss", math.nan, 62_000)
+    other_version = make_run(runs, "Pong", 5, 0.5, source="b" * 12)
+    empty = runs / "Pong-v5__pqn_abs_atari__6__1"
+    empty.mkdir()
+    damaged = make_run(runs, "Pong", 7)
+    (damaged / "args.json").write_text('{"env_id": "Po')
+    no_score = make_run(runs, "Pong", 8)
+    (no_score / "eval.json").unlink()
+    double = make_run(runs, "Pong", 1, steps=30_000, at=50)  # begun again after the sound one
+    make_report(runs, tmp_path / "report")
+    scores = pd.read_csv(tmp_path / "report" / "scores.csv").set_index("run")
+    states = scores.state.to_dict()
+    for run, state in [(r, "finished") for r in (*sound, other_version)] + [
+        (older, "duplicate"),
+        (double, "duplicate"),
+        (unfinished, "unfinished"),
+        (diverged, "diverged"),
+        (empty, "unreadable"),
+        (damaged, "unreadable"),
+        (no_score, "not evaluated"),
+    ]:
+        assert states[run.name] == state, (run.name, states[run.name])
+    games = pd.read_csv(tmp_path / "report" / "games.csv").set_index("env_id")
+    assert games.loc["Pong-v5"].seeds == 3 and games.loc["Pong-v5"].hns_mean == pytest.approx(0.5)
+    text = (tmp_path / "report" / "report.md").read_text()
+    for run in (older, unfinished, diverged, empty, damaged, no_score, double, other_version):
+        assert run.name in text
+    assert re.search(r"step 4\d,\d{3} of 100,000 \(4\d%\)", text)  # how far the unfinished one has come
+    (mixed,) = [line for line in text.splitlines() if "Mixed versions" in line]
+    assert "b" * 12 in mixed and other_version.name in mixed
+
+
+def test_a_run_of_two_versions(tmp_path):
+    """A run that other code continued is of both."""
+    run = make_run(tmp_path / "runs")
+    (versions,) = json.loads((run / "versions.json").read_text())
+    (run / "versions.json").write_text(json.dumps([versions, versions | {"source": "c" * 12}]))
+    row, args, _ = report.read_run(run)
+    assert row["source"] == f"{'a' * 12} then {'c' * 12}" and row["torch"] == "2.13" and args["seed"] == 1
+    (run / "versions.json").unlink()
+    assert report.read_run(run)[0]["source"] == "unknown" and report.read_run(run)[0]["script"] == "pqn_abs_atari.py"
+
+
+def labels(*runs):
+    """Names of variants of runs with these scripts and settings."""
+    all_args = [dataclasses.asdict(MODULES[s].Args(**settings)) for s, settings in runs]
+    return report.name_variants([s for s, _ in runs], all_args)
+
+
+def test_names_of_variants():
+    """Short where that is enough, with what is unusual added; what cannot change a result makes no variant."""
+    pqn, xl, ppo, gns = "pqn_abs_atari.py", "pqn_xl_abs_atari.py", "ppo_abs_atari.py", "gns_batch_atari.py"
+    names = labels((pqn, {}), (pqn, FIXED), (pqn, {"adapt_signal": "time"}), (xl, {}), (ppo, {}), (gns, {}))
+    assert names == ["PQN ABS 16-64", "PQN fixed 32", "PQN time 16-64", "PQN-XL ABS 16-128", "PPO ABS 16-64", "GNS 16-64"]
+    same = {"seed": 2, "env_id": "Pong-v5", "env_threads": 3, "exp_name": "x", "log_noise_scale": True, "num_steps": 8}
+    assert set(labels((pqn, {}), (pqn, same))) == {"PQN ABS 16-64"}
+    assert set(labels((pqn, FIXED), (pqn, FIXED | {"rollout_length_max": 9, "divergence_min": 0.2}))) == {"PQN fixed 32"}
+    names = labels(
+        (pqn, {}), (pqn, {"seed": 2}), (pqn, {"scale_epochs": True, "num_steps": 32}), (pqn, {"learning_rate": 0.1})
+    )
+    assert names[:2] == ["PQN ABS 16-64"] * 2 and "scale_epochs True" in names[2] and names[3].endswith("learning_rate 0.1")
+
+
+def test_who_is_compared_with_whom():
+    """ABS with fixed rollouts of its own script and settings, with the control, the rival and its own options."""
+    pqn, gns = "pqn_abs_atari.py", "gns_batch_atari.py"
+    slow = {"learning_rate": 1e-5}
+    runs = [(pqn, {}), (pqn, {}), (pqn, FIXED), (pqn, {"adapt_signal": "time"}), (pqn, {"scale_epochs": True}), (gns, {})]
+    runs += [(pqn, FIXED | slow), (pqn, {"rollout_length_max": 128}), ("ppo_abs_atari.py", FIXED)]
+    all_args = [dataclasses.asdict(MODULES[s].Args(**settings)) for s, settings in runs]
+    variants = {
+        name: {"script": script, "args": args} for name, (script, _), args in zip(labels(*runs), runs, all_args, strict=True)
+    }
+    pairs = set(report.comparison_pairs(variants))
+    own, fixed = "PQN ABS 16-64", next(v for v in variants if v == "PQN fixed 32")
+    assert {(own, fixed), (own, "PQN time 16-64"), (own, "GNS 16-64"), ("GNS 16-64", fixed)} <= pairs
+    assert {("PQN ABS 16-128", fixed), ("PQN time 16-64", fixed)} <= pairs
+    assert any(a == own and "scale_epochs True" in b for a, b in pairs)
+    assert not any("learning_rate" in a + b or "PPO" in a + b for a, b in pairs)
+
+
+@pytest.mark.parametrize("folder", ["nothing", "missing"])
+def test_nothing_to_report(folder, tmp_path):
+    """One line, and no half of a report."""
+    (tmp_path / "nothing").mkdir()
+    result = make_report(tmp_path / folder, tmp_path / "report", code=1)
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ") and folder in result.stderr
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_folder_of_something_else_is_kept(tmp_path):
+    """--out does not write into a folder that holds anything but an earlier report."""
+    make_run(tmp_path / "runs")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    result = make_report(tmp_path / "runs", tmp_path / "mine", code=1)
+    assert "choose another --out" in result.stderr and [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
