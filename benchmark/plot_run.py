@@ -60,6 +60,9 @@ def main():
     scalars = read_scalars(args.run) if args.run.is_dir() else {}
     if "abs/rollout_length" not in scalars:
         sys.exit(f"error: {args.run} holds no run of these scripts; give a folder such as runs/Pong-v5__pqn_abs_atari__1__...")
+    for path in filter(None, (args.out, args.csv)):
+        if not path.resolve().parent.is_dir():
+            sys.exit(f"error: there is no folder for {path}; make it first, or choose another file")
     settings = json.loads((args.run / "args.json").read_text())
     header = ["step", "return_mean_100_games", "rollout_length", "divergence", "divergence_mean"]
     rows = list(table(scalars))
@@ -78,7 +81,8 @@ def main():
     axes[0].set_title(f"{settings['env_id']}, {settings['exp_name']}, seed {settings['seed']} (one run)")
     measured = ~np.isnan(divergence)
     axes[1].plot(millions[measured], divergence[measured], ".", color="0.7", markersize=3, label="each measurement")
-    axes[1].plot(millions[measured], divergence_mean[measured], color="black", linewidth=1.5, label="mean that ABS is fed")
+    if not np.isnan(divergence_mean).all():  # PPO is fed the KL divergence instead
+        axes[1].plot(millions[measured], divergence_mean[measured], color="black", linewidth=1.5, label="mean that ABS is fed")
     axes[1].set_ylabel("behavioral\ndivergence")
     axes[1].set_ylim(0, 1)
     axes[1].legend(loc="upper right", fontsize="small")
