@@ -37,6 +37,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -255,7 +256,8 @@ def read_runs(paths, window, jobs):
     if runs["run"].duplicated().any():
         runs["run"] = runs["folder"]
     readable = [i for i, (_, args, _) in enumerate(read) if args]
-    runs.loc[readable, "variant"] = name_variants(runs["script"][readable], [read[i][1] for i in readable])
+    names = name_variants(runs["script"][readable], [read[i][1] for i in readable])
+    runs["variant"] = pd.Series(names, index=readable, dtype=object)
 
     # Of several runs of one variant, game and seed the newest finished one counts, else the newest one
     times = runs["folder"].str.extract(r"__(\d+)/*$")[0].astype(float).fillna(0)
@@ -452,6 +454,24 @@ def seeds_text(numbers):
     return f"{low} seed{'s' * (low != 1)}" if low == high else f"{low} to {high} seeds"
 
 
+def runs_text(ended, running):
+    """Such as "3 seeds" or "2 seeds; 1 run not ended"; ended and running are numbers of runs, one per game."""
+    parts = [seeds_text([n for n in ended if n])] if any(ended) else []
+    if sum(running):
+        parts.append(f"{sum(running)} run{'s' * (sum(running) != 1)} not ended")
+    return "; ".join(parts)
+
+
+def legend(figure, handles, columns=2, **options):
+    """A legend above the panels, in one column where labels are long."""
+    if max(len(h.get_label()) for h in handles) > 45:
+        columns = 1
+    for h in handles:
+        h.set_label(textwrap.fill(h.get_label(), 90))
+    figure.set_figheight(figure.get_figheight() + 0.16 * -(-len(handles) // columns))
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(columns, len(handles)), handlelength=4, **options)
+
+
 def panels(games):
     """A figure with one axis per game: (figure, dict from game to axis)."""
     columns = min(3, len(games))
@@ -506,20 +526,21 @@ def curve_figure(curves, runs, styles, column, reps):
     if runs.empty:
         return None
     figure, axes = panels(sorted(runs["env_id"].unique()))
-    seeds, others = {}, 0
+    seeds, others = {}, {}
     for (game, variant), own in runs.groupby(["env_id", "variant"]):
         ended, running = draw_curve(axes[game], curves, own, column, reps, styles[variant])
         seeds.setdefault(variant, []).append(ended)
-        others += running
+        others.setdefault(variant, []).append(running)
     for axis in axes.values():
+        axis.set_xlim(left=0)
         if column == "divergence":
-            axis.set_ylim(0, 1)
+            axis.set_ylim(-0.02, 1.02)
         if column in ("kl", "b_simple"):
             axis.set_yscale("log")
     figure.supylabel(YLABELS[column], fontsize=8)
-    handles = [plt.Line2D([], [], **styles[v], label=f"{v} ({seeds_text(seeds[v])})") for v in styles if v in seeds]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(2, len(handles)), handlelength=4)
-    figure.supxlabel(CURVE_NOTE + (RUNNING_NOTE if others else ""), fontsize=7)
+    handles = [plt.Line2D([], [], **styles[v], label=f"{v} ({runs_text(seeds[v], others[v])})") for v in styles if v in seeds]
+    legend(figure, handles)
+    figure.supxlabel(CURVE_NOTE + (RUNNING_NOTE if any(map(sum, others.values())) else ""), fontsize=7)
     return figure
 
 
@@ -533,7 +554,7 @@ def batch_figure(curves, runs, variant, args, reps):
     games = sorted(runs["env_id"].unique())
     figure, axes = panels(games)
     styles = {"batch_size": {"color": "black", "linestyle": "-"}, column: {"color": "#D55E00", "linestyle": "--"}}
-    seeds, others = [], 0
+    seeds, others = [], []
     for i, game in enumerate(games):
         own, last = runs[runs["env_id"] == game], i % 3 == min(3, len(games)) - 1 or i == len(games) - 1
         twin = axes[game].twinx()
@@ -541,7 +562,7 @@ def batch_figure(curves, runs, variant, args, reps):
         ended, running = draw_curve(axes[game], curves, own, "batch_size", reps, styles["batch_size"])
         draw_curve(twin, curves, own, column, reps, styles[column])
         seeds.append(ended)
-        others += running
+        others.append(running)
         low, high = (args["num_envs"] * args[f"rollout_length_{end}"] for end in ("min", "max"))
         axes[game].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         axes[game].tick_params(labelleft=i % 3 == 0)
@@ -550,13 +571,12 @@ def batch_figure(curves, runs, variant, args, reps):
             twin.tick_params(labelright=last)
         else:
             twin.set_yscale("log")
+            twin.yaxis.set_minor_formatter(plt.NullFormatter())
     figure.supylabel("batch size, samples", fontsize=8)
     labels = {"batch_size": "batch size (left axis)", column: f"{YLABELS[column]} (right axis)"}
     handles = [plt.Line2D([], [], **styles[c], label=labels[c]) for c in styles]
-    figure.legend(
-        handles=handles, loc="outside upper center", ncols=2, handlelength=4, title=f"{variant}, {seeds_text(seeds)}"
-    )
-    figure.supxlabel(CURVE_NOTE + (RUNNING_NOTE if others else ""), fontsize=7)
+    legend(figure, handles, title=textwrap.fill(f"{variant} ({runs_text(seeds, others)})", 90))
+    figure.supxlabel(CURVE_NOTE + (RUNNING_NOTE if any(others) else ""), fontsize=7)
     return figure
 
 
@@ -564,7 +584,7 @@ def improvement_figure(by_game, a, b):
     """Improvement of A over B per game as bars: difference in HNS, and percent."""
     own = by_game[(by_game["variant"] == a) & (by_game["baseline"] == b)].sort_values("difference")
     figure, axes = plt.subplots(1, 2, figsize=(7, 1.5 + 0.25 * len(own)), sharey=True, layout="constrained")
-    titles = "difference in human-normalised score", "improvement, % of the baseline or the human"
+    titles = "difference in human-normalised score", "the same, % of the better of baseline and human"
     for axis, column, title in zip(axes, ("difference", "improvement_percent"), titles, strict=True):
         for i, value in enumerate(own[column]):
             up = value >= 0
@@ -576,7 +596,7 @@ def improvement_figure(by_game, a, b):
         if column != "difference" and own[column].abs().max() > 300:
             axis.set_xscale("symlog", linthresh=100)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.margins(x=0.25)
+        axis.margins(x=0.3)
         axis.grid(axis="y", visible=False)
         axis.set_xlabel(title)
     axes[0].set_yticks(range(len(own)), [game_name(g) for g in own["env_id"]])
@@ -710,19 +730,16 @@ def find_warnings(runs, finished, scored, variants):
             "one seed there are none."
         )
     counting = runs[runs["variant"].notna() & (runs["state"] != "duplicate")]
-    for variant, own in counting.groupby("variant", sort=False):
+    for script, own in counting.groupby("script", sort=False):
         for column in ("source", "torch", "envpool"):
             versions = own[column].value_counts()
             if len(versions) > 1:
-                rare = own.loc[own[column] != versions.index[0], "run"]
                 text = ", ".join(f"{version} ({n} runs)" for version, n in versions.items())
-                named = ", ".join(rare[:5]) + (f" and {len(rare) - 5} more" if len(rare) > 5 else "")
-                lines.append(f"Mixed versions: {variant} has {column} {text}; not the most frequent one: {named}.")
-    for script, own in counting.groupby("script", sort=False):
-        sources = own.groupby("variant", sort=False)["source"].agg(lambda s: ", ".join(sorted(set(s))))
-        if sources.nunique() > 1:
-            text = "; ".join(f"{v}: {s}" for v, s in sources.items())
-            lines.append(f"Mixed versions: variants of {script} come from different sources ({text}).")
+                rare = own[own[column] != versions.index[0]]
+                mixed = rare["variant"].value_counts()
+                text += f"; the rarer ones in {', '.join(f'{v} ({n} runs)' for v, n in mixed.items())}"
+                named = ", ".join(rare["run"][:5]) + (f" and {len(rare) - 5} more" if len(rare) > 5 else "")
+                lines.append(f"Mixed versions: runs of {script} have {column} {text}: {named}.")
     unknown = counting[counting["source"] == "unknown"]
     if len(unknown):
         lines.append(
@@ -745,9 +762,7 @@ def find_warnings(runs, finished, scored, variants):
 
 def write_report(folder, runs, variants, tables, figures, notes, reps, window):
     games, totals, compared = tables
-    settings = {v: settings_of(variant["args"]) | {"script": variant["script"]} for v, variant in variants.items()}
-    first = next(iter(settings.values()))
-    shared = {k: x for k, x in first.items() if all(s.get(k, "unset") == x for s in settings.values())}
+    settings = {v: settings_of(variant["args"]) for v, variant in variants.items()}
     states = runs["state"].value_counts()
     lines = ["# Report", ""]
     lines.append(
@@ -756,9 +771,15 @@ def write_report(folder, runs, variants, tables, figures, notes, reps, window):
     known = [n for n in ("python", "torch", "envpool", "processor", "source") if n in runs]
     versions = [f"{name} {', '.join(sorted(map(str, runs[name].dropna().unique())))}" for name in known]
     lines += ["", f"Versions: {'; '.join(versions)}.", ""]
-    lines += [f"Settings of all runs: {', '.join(f'{k} {x}' for k, x in shared.items()) or 'none in common'}.", ""]
-    rows = [[v, "; ".join(f"{k} {x}" for k, x in own.items() if k not in shared)] for v, own in settings.items()]
-    lines += [markdown(["variant", "other settings"], rows), ""]
+    for script in dict.fromkeys(v["script"] for v in variants.values()):
+        own = {v: settings[v] for v in variants if variants[v]["script"] == script}
+        values = {
+            k: {json.dumps(x[k]) for x in own.values() if k in x} for k in dict.fromkeys(k for x in own.values() for k in x)
+        }
+        same = ", ".join(f"{k} {json.loads(next(iter(x)))}" for k, x in values.items() if len(x) == 1)
+        lines += [f"Settings of {script}, where its variants have them: {same}.", ""]
+        different = {v: "; ".join(f"{k} {x}" for k, x in s.items() if len(values[k]) > 1) for v, s in own.items()}
+        lines += [f"* {v}: {text}" for v, text in different.items() if text] + [""] * any(different.values())
     lines += ["## Warnings", "", *([f"* {note}" for note in notes] or ["None."]), ""]
 
     lines += ["## Aggregates", ""]
@@ -852,7 +873,7 @@ def main():
         folder = Path(temporary)
         csvs = {"scores": runs, "games": games, "aggregates": totals, "improvement": by_game, "comparisons": compared}
         for name, table in (csvs | {"curves": curves[["run", "step", *(c for c in CURVES if c in curves)]]}).items():
-            table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+            table.to_csv(folder / f"{name}.csv", index=False, float_format="%.4g" if name == "curves" else "%.6g")
         figures = draw_figures(folder / "figures", runs, variants, curves, by_game, compared, args.reps)
         write_report(folder, runs, variants, (games, totals, compared), figures, notes, args.reps, args.window)
         shutil.rmtree(args.out / "figures", ignore_errors=True)

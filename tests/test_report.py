@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import MODULES, ROOT
+from rliable import metrics
 from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -136,6 +137,8 @@ def test_comparisons(study):
     assert other.probability_of_improvement == pytest.approx(0.5) and math.isnan(other.mean_difference_low)
     games = table(study, "improvement")
     assert len(games) == 20 and set(games.seeds_baseline) == {2}
+    x, y = np.array([[0.1, 2.0], [0.3, 1.0]]), np.array([[0.2, 1.0], [0.2, 3.0], [0.3, 0.0]])
+    assert report.probability_of_improvement(x, y) == pytest.approx(metrics.probability_of_improvement(x, y))
     assert report.relative_improvement(np.array([3.0]), np.array([2.0])) == pytest.approx(50)
 
 
