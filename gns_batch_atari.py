@@ -239,12 +239,6 @@ def env_seeds(seed, num_envs, evaluation=False, start=0):
     return [int(s) // 4 * 2 + evaluation for s in np.random.SeedSequence(entropy).generate_state(num_envs)]
 
 
-def random_generator(device, *entropy):
-    """A torch.Generator of its own for each tuple of whole numbers, such as (seed, rank, purpose): hashed to the 32 bits that
-    a CPU's generator looks at, so that neighbouring tuples have nothing in common."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-
-
 class AtariEnvs:
     """EnvPool with the bookkeeping that it leaves to its caller.
 
@@ -1043,8 +1037,10 @@ if __name__ == "__main__":
     update_step = partial(update, network, optimizer, max_grad_norm=args.max_grad_norm, microbatch_size=microbatch_size)
     if args.cudagraphs:
         act_step, update_step = CUDAGraphed(act_step), CUDAGraphed(update_step)
-    # Training draws from one generator and measuring from others, so measuring changes no run
-    rng, reference_rng = (random_generator(device, args.seed, rank, purpose) for purpose in range(2))
+    # Training draws from one generator and measuring from another, so measuring changes no run.
+    rank_seed = args.seed + 1_000_003 * rank  # within the 32 bits that the CPU's generator looks at
+    rng = torch.Generator(device).manual_seed(rank_seed)
+    reference_rng = torch.Generator(device).manual_seed(rank_seed)
 
     # Batch by gradient noise scale
     length_min, length_max, length_multiple = rollout_range(args)
@@ -1074,7 +1070,7 @@ if __name__ == "__main__":
             try:
                 generator.set_state(random_state)
             except RuntimeError:  # another kind of device has another kind of generator
-                generator.manual_seed(generator.initial_seed() + global_step)
+                generator.manual_seed(rank_seed + global_step)
 
     # Storage, allocated once for the longest rollout; shorter ones use its beginning
     shortest, longest = (round_rollout_length(n, length_min, length_max, length_multiple) for n in (length_min, length_max))
@@ -1233,7 +1229,7 @@ if __name__ == "__main__":
         # The gradient noise scale needs the gradients of an epoch's minibatches at unchanged parameters
         if measure:
             start, gradients = time.perf_counter(), []
-            noise_rng = random_generator(device, args.seed, rank, 2, iteration)
+            noise_rng = torch.Generator(device).manual_seed(rank_seed + iteration)  # its own, or logging would change the run
             for inds in torch.randperm(length * num_envs, generator=noise_rng, device=device).split(minibatch_size):
                 mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
                 gradient_step(*(x.index_select(0, inds) for x in batch), mb_weights)
