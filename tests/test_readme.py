@@ -41,6 +41,7 @@ def test_flags_exist():
     known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', "".join(p.read_text() for p in (ROOT / "benchmark").glob("*.py"))))
     known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun
     known |= {"--gpus", "--array"}  # Slurm
+    known |= set(re.findall(r"^#SBATCH (--[a-z-]+)", (ROOT / "benchmark" / "slurm_array.sh").read_text(), re.M))
     known |= set("--bar --joblog --resume-failed --results --termseq --sshlogin --workdir".split())  # GNU parallel
     known |= set(re.findall(r"--[a-z]+", (ROOT / "benchmark" / "atari10.sh").read_text()))
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", README))
