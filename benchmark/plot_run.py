@@ -8,7 +8,9 @@ The CSV holds what is drawn: one row per iteration, empty where nothing was meas
 import argparse
 import csv
 import json
+import logging
 import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every run that was continued
 
 
 def read_scalars(run_dir):
@@ -28,6 +32,15 @@ def read_scalars(run_dir):
         points = events.Scalars(name)
         scalars[name] = np.array([p.step for p in points]), np.array([p.value for p in points])
     return scalars
+
+
+def can_write(folder):
+    """Whether files can be made in a folder, found out by trying."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+        return True
+    except OSError:
+        return False
 
 
 def trailing_mean(values, window=100):
@@ -60,25 +73,30 @@ def main():
     scalars = read_scalars(args.run) if args.run.is_dir() else {}
     if "abs/rollout_length" not in scalars:
         sys.exit(f"error: {args.run} holds no run of these scripts; give a folder such as runs/Pong-v5__pqn_abs_atari__1__...")
+    if args.out.suffix not in (".png", ".pdf", ".svg"):
+        sys.exit(f"error: --out {args.out} must be a file that ends in .png, .pdf or .svg")
     for path in filter(None, (args.out, args.csv)):
-        if not path.resolve().parent.is_dir():
-            sys.exit(f"error: there is no folder for {path}; make it first, or choose another file")
-    settings = json.loads((args.run / "args.json").read_text())
+        if path.is_dir() or not can_write(path.resolve().parent):
+            sys.exit(f"error: cannot write {path}; choose a file in a folder that exists and that you may write to")
+    try:
+        settings = json.loads((args.run / "args.json").read_text())
+        title = f"{settings['env_id']}, {settings['exp_name']}, seed {settings['seed']} (one run)"
+    except (OSError, ValueError, TypeError, KeyError):
+        sys.exit(f"error: {args.run / 'args.json'} is missing or damaged; it says which run this is")
     header = ["step", "return_mean_100_games", "rollout_length", "divergence", "divergence_mean"]
     rows = list(table(scalars))
     if args.csv:
         with args.csv.open("w", newline="") as f:
             writer = csv.writer(f)
             writer.writerow(header)
-            writer.writerows(
-                [["" if x is None else round(float(x), 4) if i else x for i, x in enumerate(row)] for row in rows]
-            )
+            for row in rows:
+                writer.writerow(["" if x is None else round(float(x), 4) if isinstance(x, float) else x for x in row])
     steps, returns, lengths, divergence, divergence_mean = (np.array(c, dtype=float) for c in zip(*rows, strict=True))
     millions = steps / 1e6
     figure, axes = plt.subplots(3, 1, figsize=(7, 6), sharex=True, layout="constrained")
     axes[0].plot(millions, returns, color="black", linewidth=1.5)
     axes[0].set_ylabel("return\n(mean of last 100 games)")
-    axes[0].set_title(f"{settings['env_id']}, {settings['exp_name']}, seed {settings['seed']} (one run)")
+    axes[0].set_title(title)
     measured = ~np.isnan(divergence)
     axes[1].plot(millions[measured], divergence[measured], ".", color="0.7", markersize=3, label="each measurement")
     if not np.isnan(divergence_mean).all():  # PPO is fed the KL divergence instead
@@ -86,7 +104,7 @@ def main():
     axes[1].set_ylabel("behavioral\ndivergence")
     axes[1].set_ylim(0, 1)
     axes[1].legend(loc="upper right", fontsize="small")
-    axes[2].plot(millions, lengths, color="black", linewidth=1.5)
+    axes[2].step(millions, lengths, where="pre", color="black", linewidth=1.5)
     axes[2].set_ylabel("rollout length\n(steps per environment)")
     axes[2].set_xlabel("agent steps (millions)")
     for axis in axes:

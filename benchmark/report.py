@@ -20,6 +20,8 @@ the settings of adaptation where the rollout is fixed. Definitions:
   rliable's: IQM, the mean of the middle half of all HNS of a variant; mean and median over games of the mean over seeds;
   optimality gap, the mean shortfall from HNS 1. They are taken over the games that all variants share, with as many seeds
   (the lowest) as every one of these games has. Variants with less than half as many games as another are left out.
+* Comparisons of two variants are taken over the games that these two share, with as many seeds as every one of these games
+  has; improvement.csv and its figures, game by game, with all seeds.
 * Intervals: 95 % stratified bootstrap (percentile) over seeds, for which at least two seeds are needed.
 * Probability of improvement of A over B: mean over their common games of the probability that a run of A scores higher than
   a run of B (ties count half).
@@ -50,7 +52,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from plot_run import read_scalars
+from plot_run import can_write, read_scalars
 from rliable import library as rly
 from rliable import metrics
 
@@ -365,7 +367,9 @@ def aggregates(scored, variants, reps):
             names = "iqm", "mean", "median", "optimality_gap"
             with_interval(row, names, estimate(scores, aggregate_functions, reps))
             if dropped:
-                notes.append(f"{variant}: {dropped} runs do not enter the aggregates, as not every game has their seed.")
+                notes.append(
+                    f"{variant}: {runs_word(dropped)} left out of the aggregates, as not every game has so many seeds."
+                )
         if set(ATARI10.index) <= games[variant]:
             scores, _ = score_matrix(scored, variant, list(ATARI10.index))
             row["seeds_atari10"] = len(scores)
@@ -401,8 +405,8 @@ def comparison_pairs(variants):
 
 
 def comparisons(scored, variants, reps):
-    """(improvement.csv, comparisons.csv)."""
-    by_game, rows = [], []
+    """(improvement.csv, comparisons.csv, notes)."""
+    by_game, rows, notes = [], [], []
     for a, b in comparison_pairs(variants):
         own, other = scored[scored["variant"] == a], scored[scored["variant"] == b]
         games = sorted(set(own["env_id"]) & set(other["env_id"]))
@@ -413,11 +417,14 @@ def comparisons(scored, variants, reps):
             row = {"variant": a, "baseline": b, "env_id": game, "seeds": len(x), "seeds_baseline": len(y)}
             row |= {"hns": x.mean(), "hns_baseline": y.mean(), "difference": x.mean() - y.mean()}
             by_game.append(row | {"improvement_percent": float(relative_improvement(x.mean(), y.mean()))})
-        x, y = score_matrix(scored, a, games)[0], score_matrix(scored, b, games)[0]
+        (x, dropped_x), (y, dropped_y) = score_matrix(scored, a, games), score_matrix(scored, b, games)
+        if dropped_x + dropped_y:
+            left_out = f"{runs_word(dropped_x + dropped_y)} left out of the comparison, as not every game has so many seeds"
+            notes.append(f"{a} over {b}: {left_out}; improvement.csv, game by game, has all.")
         row = {"variant": a, "baseline": b, "seeds": len(x), "seeds_baseline": len(y), "games": len(games)}
         names = "probability_of_improvement", "mean_difference", "mean_improvement_percent"
         rows.append(with_interval(row, names, estimate([x, y], comparison_functions, reps)))
-    return pd.DataFrame(by_game), pd.DataFrame(rows)
+    return pd.DataFrame(by_game), pd.DataFrame(rows), notes
 
 
 def per_game(finished):
@@ -448,6 +455,10 @@ def file_name(*words):
     return re.sub(r"[^a-z0-9]+", "_", " ".join(words).lower()).strip("_")
 
 
+def runs_word(n):
+    return f"{n} run{'s' * (n != 1)}"
+
+
 def seeds_text(numbers):
     """Such as "3 seeds" or "1 to 3 seeds"."""
     low, high = int(min(numbers)), int(max(numbers))
@@ -458,7 +469,7 @@ def runs_text(ended, running):
     """Such as "3 seeds" or "2 seeds; 1 run not ended"; ended and running are numbers of runs, one per game."""
     parts = [seeds_text([n for n in ended if n])] if any(ended) else []
     if sum(running):
-        parts.append(f"{sum(running)} run{'s' * (sum(running) != 1)} not ended")
+        parts.append(f"{runs_word(sum(running))} not ended")
     return "; ".join(parts)
 
 
@@ -510,7 +521,7 @@ def draw_curve(axis, curves, runs, column, reps, style):
         run = run.dropna()
         thin = style | {"linewidth": 0.7, "markersize": 3}
         axis.plot(run.index / 1e6, run, markevery=0.2, **thin)
-        axis.plot(run.index[-1] / 1e6, run.iloc[-1], "x", color=style["color"], markersize=6)
+        axis.plot(run.index[-1] / 1e6, run.iloc[-1], "x", color=style["color"], markersize=6, zorder=5)
     return len(ended.columns), len(running.columns)
 
 
@@ -565,10 +576,13 @@ def batch_figure(curves, runs, variant, args, reps):
         others.append(running)
         low, high = (args["num_envs"] * args[f"rollout_length_{end}"] for end in ("min", "max"))
         axes[game].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        axes[game].set_xlim(left=0)
         axes[game].tick_params(labelleft=i % 3 == 0)
         if column == "divergence":
             twin.set_ylim(-0.05, 1.05)
             twin.tick_params(labelright=last)
+            if last:
+                twin.set_ylabel(YLABELS[column], color=styles[column]["color"])
         else:
             twin.set_yscale("log")
             twin.yaxis.set_minor_formatter(plt.NullFormatter())
@@ -584,7 +598,7 @@ def improvement_figure(by_game, a, b):
     """Improvement of A over B per game as bars: difference in HNS, and percent."""
     own = by_game[(by_game["variant"] == a) & (by_game["baseline"] == b)].sort_values("difference")
     figure, axes = plt.subplots(1, 2, figsize=(7, 1.5 + 0.25 * len(own)), sharey=True, layout="constrained")
-    titles = "difference in human-normalised score", "the same, % of the better of baseline and human"
+    titles = "difference in human-normalised score", "difference in % of the baseline's score or, if more, a human's"
     for axis, column, title in zip(axes, ("difference", "improvement_percent"), titles, strict=True):
         for i, value in enumerate(own[column]):
             up = value >= 0
@@ -602,6 +616,9 @@ def improvement_figure(by_game, a, b):
     axes[0].set_yticks(range(len(own)), [game_name(g) for g in own["env_id"]])
     seeds = f"{a} ({seeds_text(own['seeds'])}) over {b} ({seeds_text(own['seeds_baseline'])})"
     figure.suptitle(seeds, fontsize=8)
+    figure.supxlabel(
+        "Means over all seeds, games in the order of the left panel; intervals over the games: comparisons.csv", fontsize=7
+    )
     return figure
 
 
@@ -734,10 +751,10 @@ def find_warnings(runs, finished, scored, variants):
         for column in ("source", "torch", "envpool"):
             versions = own[column].value_counts()
             if len(versions) > 1:
-                text = ", ".join(f"{version} ({n} runs)" for version, n in versions.items())
+                text = ", ".join(f"{version} ({runs_word(n)})" for version, n in versions.items())
                 rare = own[own[column] != versions.index[0]]
                 mixed = rare["variant"].value_counts()
-                text += f"; the rarer ones in {', '.join(f'{v} ({n} runs)' for v, n in mixed.items())}"
+                text += f"; the rarer ones in {', '.join(f'{v} ({runs_word(n)})' for v, n in mixed.items())}"
                 named = ", ".join(rare["run"][:5]) + (f" and {len(rare) - 5} more" if len(rare) > 5 else "")
                 lines.append(f"Mixed versions: runs of {script} have {column} {text}: {named}.")
     unknown = counting[counting["source"] == "unknown"]
@@ -749,7 +766,9 @@ def find_warnings(runs, finished, scored, variants):
         for column in ("eval_policy", "eval_episodes"):
             if own[column].nunique() > 1:
                 values = own[column].value_counts()
-                text = ", ".join(f"{value} ({n} runs)" for value, n in values.items())
+                text = ", ".join(
+                    f"{value if isinstance(value, str) else int(value)} ({runs_word(n)})" for value, n in values.items()
+                )
                 lines.append(f"Evaluated differently: {own['script'].iloc[0]} has {column} {text}.")
     outside = sorted(finished.loc[finished["hns"].isna(), "env_id"].unique())
     if outside:
@@ -860,14 +879,17 @@ def main():
         sys.exit("error: --reps and --jobs must be 1 or more, and --window in (0, 1]")
     if args.out.exists() and (not args.out.is_dir() or (any(args.out.iterdir()) and not (args.out / "report.md").exists())):
         sys.exit(f"error: {args.out} exists and is no earlier report; choose another --out")
+    parent = next(p for p in [args.out.resolve(), *args.out.resolve().parents] if p.exists())
+    if not can_write(parent):
+        sys.exit(f"error: cannot write to {parent}; choose another --out")
     plt.rcParams.update(FONTS)
     runs, variants, curves = read_runs(args.runs, args.window, args.jobs)
     finished = runs[runs["state"] == "finished"]
     scored = finished.dropna(subset="hns")
     games = per_game(finished)
     totals, notes = aggregates(scored, variants, args.reps)
-    by_game, compared = comparisons(scored, variants, args.reps)
-    notes = find_warnings(runs, finished, scored, variants) + notes
+    by_game, compared, more_notes = comparisons(scored, variants, args.reps)
+    notes = find_warnings(runs, finished, scored, variants) + notes + more_notes
 
     with tempfile.TemporaryDirectory() as temporary:  # so that a failure leaves nothing half-written
         folder = Path(temporary)

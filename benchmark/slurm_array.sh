@@ -13,7 +13,9 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@120
 
-command=$(sed -n "${SLURM_ARRAY_TASK_ID:?submit this with sbatch --array}p" "${1:?the file with the jobs is missing}")
+[ -n "$SLURM_ARRAY_TASK_ID" ] || { echo "error: submit this with sbatch --array=1-N, N being the number of jobs" >&2; exit 2; }
+[ -r "$1" ] || { echo "error: cannot read the file of jobs '$1'; give it as the argument of this script" >&2; exit 2; }
+command=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$1")
 [ -n "$command" ] || { echo "error: $1 has no line $SLURM_ARRAY_TASK_ID" >&2; exit 2; }
 echo "$(date): $command"
 

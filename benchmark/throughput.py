@@ -24,6 +24,7 @@ from pathlib import Path
 
 import envpool
 import numpy as np
+from plot_run import can_write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,6 +98,21 @@ def main():
     parser.add_argument("--flags", default="", help='more flags for our scripts, such as "--precision float32"')
     parser.add_argument("--out", type=Path, default=Path("throughput.csv"), help="the CSV to write")
     args = parser.parse_args()
+
+    lengths = all(n in ("max", "moving") or (n.isdigit() and int(n) > 0) for n in args.lengths)
+    if args.rounds < 1 or not lengths:
+        sys.exit('error: --rounds must be 1 or more, and --lengths numbers of steps, "max" or "moving"')
+    if args.steps < 4 * 8192:
+        sys.exit(
+            f"error: --steps {args.steps} is too few for a window of 8,192 steps after the first quarter; use 32768 or more"
+        )
+    if args.env_id not in envpool.list_all_envs():
+        sys.exit(f"error: --env-id {args.env_id} is unknown; use one of EnvPool's, such as Breakout-v5")
+    for path in [ROOT / script for script in args.scripts] + [args.peer] * bool(args.peer):
+        if not path.is_file():
+            sys.exit(f"error: there is no script {path}")
+    if args.out.is_dir() or not can_write(args.out.resolve().parent):
+        sys.exit(f"error: cannot write {args.out}; choose a file in a folder that exists and that you may write to")
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rate = float(np.median(emulator := measure_envpool(args.env_id, 128, min(cores, 128), seconds=20, warmup=3)))

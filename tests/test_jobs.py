@@ -92,6 +92,14 @@ def test_a_smaller_study(monkeypatch):
         assert parse(line, monkeypatch)[1].adapt_interval == interval
 
 
+def test_no_run_twice():
+    """What is asked for twice is listed once: two jobs with the same arguments would train side by side."""
+    twice = job_list(
+        "--games", "Qbert Qbert-v5 atari10", "--seeds", "1 1", "--scripts", "pqn pqn", "--variants", "fixed fixed"
+    )
+    assert len(twice) == len(set(twice)) == 10
+
+
 @pytest.mark.parametrize(
     "options, help",
     [
@@ -106,6 +114,15 @@ def test_a_smaller_study(monkeypatch):
         (("--seeds", ""), "needs a value"),
         (("--num-envs", "8"), "after --"),
         (("--scripts", "gns", "--variants", "fixed"), "pqn"),
+        (("--scripts", "gns ppo", "--variants", "adaptive literal"), "'literal'"),
+        (("--figure", "4", "--scripts", "l"), "--figure sets"),
+        (("--budget", "010"), "'010'"),
+        (("--budget", "99999999999999999999"), "20000000"),
+        (("--seeds", "4294967296"), "4294967295"),
+        (("--scripts", "*"), "'*'"),
+        (("--games", " "), "needs a value"),
+        (("--", "--seed", "5"), "--seeds"),
+        (("--", "--total_timesteps=99"), "--budget"),
     ],
     ids=lambda value: "_".join(value).strip("-") if isinstance(value, tuple) else "",
 )

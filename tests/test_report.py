@@ -284,3 +284,72 @@ def test_a_folder_of_something_else_is_kept(tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     result = make_report(tmp_path / "runs", tmp_path / "mine", code=1)
     assert "choose another --out" in result.stderr and [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_unequal_seeds(tmp_path):
+    """A game with a seed less than another: aggregates and comparisons take as many as every game has, games.csv and
+    improvement.csv all; the warnings say so."""
+    for game, seeds in (("Pong", (1, 2, 3)), ("Qbert", (1, 2))):
+        for seed in seeds:
+            make_run(tmp_path / "runs", game, seed, seed / 10)
+        make_run(tmp_path / "runs", game, 1, 0.0, at=1, **FIXED)
+    said = make_report(tmp_path / "runs", tmp_path / "out").stdout
+    assert "PQN ABS 16-64: 1 run left out of the aggregates" in said
+    assert "PQN ABS 16-64 over PQN fixed 32: 1 run left out of the comparison" in said
+    by_game = pd.read_csv(tmp_path / "out" / "improvement.csv").set_index("env_id")
+    assert by_game.difference["Pong-v5"] == pytest.approx(0.2) and by_game.difference["Qbert-v5"] == pytest.approx(0.15)
+    compared = pd.read_csv(tmp_path / "out" / "comparisons.csv").iloc[0]
+    assert compared.seeds == 2 and compared.mean_difference == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize("out", ["/dev/null/x", "/proc/no/report"])
+def test_a_place_where_nothing_can_be_written(out, tmp_path):
+    """Said before the runs are read."""
+    make_run(tmp_path, steps=4096)
+    (line,) = make_report(tmp_path, out, code=1).stderr.splitlines()
+    assert line.startswith("error: cannot write")
+
+
+def tool(*command):
+    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=100)
+    return result.returncode, result.stderr.splitlines()
+
+
+def test_plot_run(tmp_path):
+    """The table holds what the run logged; what is no run or no place for a figure is one line and leaves nothing."""
+    script, run = ROOT / "benchmark" / "plot_run.py", make_run(tmp_path / "runs")
+    assert tool(script, run, "--out", tmp_path / "a.png", "--csv", tmp_path / "a.csv") == (0, [])
+    assert cv2.imread(str(tmp_path / "a.png")).std() > 1
+    drawn = pd.read_csv(tmp_path / "a.csv")
+    assert drawn.step.is_monotonic_increasing and drawn.rollout_length.dtype == int and drawn.rollout_length[0] == 16
+    assert drawn.return_mean_100_games.notna().all() and drawn.divergence.between(0, 1).all()
+    (tmp_path / "empty").mkdir()
+    for folder, out in ((tmp_path / "empty", "b.png"), (run, "b.xyz"), (run, "runs"), (run, "none/b.png")):
+        code, lines = tool(script, folder, "--out", tmp_path / out)
+        assert code == 1 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    (run / "args.json").write_text("{")
+    code, lines = tool(script, run, "--out", tmp_path / "b.png")
+    assert code == 1 and len(lines) == 1 and "args.json" in lines[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "a.png", "empty", "runs"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--scripts", "none.py"),
+        ("--steps", 0),
+        ("--rounds", 0),
+        ("--lengths", "x"),
+        ("--env-id", "No-v5"),
+        ("--out", "/proc/a/b"),
+    ],
+    ids=lambda options: options[0],
+)
+def test_throughput_looks_before_it_measures(options):
+    code, lines = tool(ROOT / "benchmark" / "throughput.py", *options)
+    assert (
+        code == 1
+        and len(lines) == 1
+        and lines[0].startswith("error: ")
+        and options[0] in lines[0].replace("script", "--scripts").replace("write", "--out")
+    )
