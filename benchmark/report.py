@@ -581,7 +581,7 @@ def batch_figure(curves, runs, variant, args, reps):
         if column == "divergence":
             twin.set_ylim(-0.05, 1.05)
             twin.tick_params(labelright=last)
-            if last:
+            if i % 3 == min(3, len(games)) - 1:
                 twin.set_ylabel(YLABELS[column], color=styles[column]["color"])
         else:
             twin.set_yscale("log")
@@ -598,7 +598,7 @@ def improvement_figure(by_game, a, b):
     """Improvement of A over B per game as bars: difference in HNS, and percent."""
     own = by_game[(by_game["variant"] == a) & (by_game["baseline"] == b)].sort_values("difference")
     figure, axes = plt.subplots(1, 2, figsize=(7, 1.5 + 0.25 * len(own)), sharey=True, layout="constrained")
-    titles = "difference in human-normalised score", "difference in % of the baseline's score or, if more, a human's"
+    titles = "difference in human-normalised score", "difference, % of the larger of baseline and human"
     for axis, column, title in zip(axes, ("difference", "improvement_percent"), titles, strict=True):
         for i, value in enumerate(own[column]):
             up = value >= 0
