@@ -109,11 +109,11 @@ LAMPS = (
 EXPLORATION = "--start-e 1 --end-e 0 --exploration-fraction 0.7".split()
 
 
-def play_lamps(script, run_here, monkeypatch, folder, seed):
+def play_lamps(script, run_here, monkeypatch, folder, seed, *flags):
     """Trains a script on the made-up game; returns the mean score of the last fifth of the games and the network."""
     monkeypatch.setattr(envpool, "make", lambda *arguments, num_envs, **options: Lamps(num_envs))
     exploration = EXPLORATION if hasattr(MODULES[script].Args, "start_e") else ()
-    result = run_here(script, *LAMPS, *exploration, "--seed", seed)
+    result = run_here(script, *LAMPS, *exploration, "--seed", seed, *flags)
     assert result.returncode == 0, result.stderr
     (run_dir,) = folder.glob("runs/*")
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()

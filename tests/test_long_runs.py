@@ -27,7 +27,8 @@ SCALARS_OF_EVERY_ITERATION = "abs/rollout_length charts/SPS charts/learning_rate
 
 def start(script, *arguments, cwd, command=(sys.executable,)):
     """Starts a script in the background."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {} if "cuda" in arguments else {"CUDA_VISIBLE_DEVICES": ""}
     arguments = [*command, str(ROOT / script), *map(str, arguments)]
     return subprocess.Popen(arguments, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -1,0 +1,109 @@
+"""On a GPU: every script trains, adapts, is stopped, resumed and evaluated, and computes what the CPU computes."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DISTINCT, MODULES, ROOT, SCRIPTS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_learning import play_lamps
+from test_long_runs import SIZE, assert_curves_are_whole, interrupt
+from test_speed import fresh_network, gradients_and_logs, learners, minibatch, outputs, relative_error
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICE = "cuda"
+PQN = "pqn_abs_atari.py"
+# Another length at almost every iteration, from 4 to 16, in steps of 2
+MOVING = "--adapt-signal time --adapt-interval 1 --rollout-smoothing 1".split()
+SPEED = {"default": [], "cudagraphs": ["--cudagraphs"], "compile": ["--compile"], "float32": ["--precision", "float32"]}
+
+
+def run(script, *arguments, cwd):
+    """Runs a script on the GPU; returns what it printed."""
+    command = [sys.executable, str(ROOT / script), "--device", DEVICE, *map(str, arguments)]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def losses(run_dir):
+    """The curves of all losses, by name."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {n: [e.value for e in events.Scalars(n)] for n in events.Tags()["scalars"] if n.startswith("losses/")}
+
+
+@pytest.mark.parametrize("speed", SPEED)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run(script, speed, tmp_path):
+    """From the first line to eval.json, with rollouts that grow, in every way to compute."""
+    assert f"Pong-v5 on {DEVICE} (" in run(script, *SIZE, 2400, *MOVING, *SPEED[speed], cwd=tmp_path)
+    (run_dir,) = tmp_path.glob("runs/*")
+    lengths = [value for _, value in assert_curves_are_whole(run_dir)["abs/rollout_length"]]
+    assert lengths[0] == 4 and lengths[-1] >= 14 and len(set(lengths)) >= 5
+    assert all(len(set(curve)) > 1 for name, curve in losses(run_dir).items() if "clipfrac" not in name)
+    assert json.loads((run_dir / "eval.json").read_text())["episodes"] == 2
+
+
+@pytest.mark.parametrize("speed", SPEED)
+@pytest.mark.parametrize("script", DISTINCT)
+def test_stopped_and_resumed(script, speed, tmp_path):
+    """SIGTERM saves, --resume goes on to the end; a run may also move from the GPU to the CPU."""
+    flags = *SIZE, 4000, "--checkpoint-interval", 100, *SPEED[speed]
+    run_dir, code, output, errors = interrupt(script, tmp_path, "--device", DEVICE, *flags)
+    assert code == 143, errors
+    elsewhere = ["--device", "cpu"] if speed == "default" else []
+    assert "continuing at step" in run(script, "--resume", run_dir, *elsewhere, cwd=tmp_path)
+    assert_curves_are_whole(run_dir)
+
+
+@pytest.mark.parametrize("script", ["pqn_abs_atari.py", "ppo_abs_atari.py"])
+def test_ways_to_compute_agree(script, tmp_path):
+    """The first losses of a run with random actions, in float32: CUDA graphs and compilation against plain steps."""
+    random = ["--start-e", 1, "--end-e", 1] if script == PQN else ["--learning-rate", 1e-7]
+    curves = {}
+    for speed in ("float32", "cudagraphs", "compile"):
+        (tmp_path / speed).mkdir()
+        run(script, *SIZE, 800, *random, "--precision", "float32", *SPEED[speed], cwd=tmp_path / speed)
+        curves[speed] = losses(next(tmp_path.glob(f"{speed}/runs/*")))
+    for speed in ("cudagraphs", "compile"):
+        for name in ("losses/td_loss", "losses/value_loss", "losses/entropy", "losses/grad_norm"):
+            if name in curves["float32"]:
+                assert curves[speed][name] == pytest.approx(curves["float32"][name], rel=2e-2, abs=1e-3), (speed, name)
+
+
+@learners
+@pytest.mark.parametrize("precision, error", [("float32", 1e-2), ("bfloat16", 0.15)])  # cuDNN's float32 may be TF32
+def test_the_gpu_computes_what_the_cpu_computes(script, precision, error):
+    """Outputs, loss and gradient of the same network on the same data."""
+    plain, plain_logs = gradients_and_logs(script, fresh_network(script), *minibatch(script))
+    network = script.speed_up(fresh_network(script).to(DEVICE), precision, torch.device(DEVICE))
+    batch = minibatch(script, device=DEVICE)
+    gradient, logs = gradients_and_logs(script, copy.deepcopy(network) if precision == "float32" else network, *batch)
+    assert relative_error(gradient.cpu(), plain) < error
+    torch.testing.assert_close(logs.cpu(), plain_logs, rtol=5 * error, atol=error)
+    expected = outputs(script, fresh_network(script), minibatch(script)[0])
+    assert relative_error(outputs(script, network, batch[0]).cpu(), expected) < error
+
+
+@pytest.mark.parametrize("speed", SPEED)
+@pytest.mark.parametrize("script", ["pqn_abs_atari.py", "ppo_abs_atari.py"])
+def test_lamps_are_learned(script, speed, run_here, monkeypatch, tmp_path):
+    """The made-up game of test_learning.py."""
+    assert play_lamps(script, run_here, monkeypatch, tmp_path, 1, "--device", DEVICE, *SPEED[speed])[0] > 6
+
+
+def test_many_lengths_take_no_more_memory():
+    """Storage is there from the start: a run that goes through many lengths allocates little beyond it."""
+    script = MODULES[PQN]
+    network = script.speed_up(fresh_network(script).to(DEVICE), "bfloat16", torch.device(DEVICE))
+    reserved = []
+    for _ in range(2):
+        for length in range(16, 65, 4):
+            gradients_and_logs(script, network, *minibatch(script, 32 * length, device=DEVICE), microbatch_size=10**6)
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[1] <= reserved[0] * 1.1
