@@ -333,6 +333,42 @@ def test_plot_run(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "a.png", "empty", "runs"]
 
 
+def make_cleanrl_run(folder, level, speed, steps=BUDGET):
+    """A run as CleanRL's scripts leave it: every game of the last tenth scores `level`, those before it half of that."""
+    with SummaryWriter(str(folder)) as writer:
+        for step in range(1000, steps + 1, 1000):
+            score = level if step > 0.9 * steps else level / 2
+            writer.add_scalar("charts/episodic_return", score, step, walltime=1e9 + step / speed)
+            writer.add_scalar("charts/SPS", 1, step, walltime=1e9 + step / speed)
+    return folder
+
+
+def test_peer_curves(tmp_path):
+    """Means, speed and Welch's interval, worked out by hand; one seed has no interval; unequal budgets are refused."""
+    script = ROOT / "benchmark" / "peer_curves.py"
+    ours = [make_cleanrl_run(tmp_path / f"ours{level}", level, speed=600) for level in (10, 12)]
+    peer = [make_cleanrl_run(tmp_path / f"peer{level}", level, speed=300) for level in (9, 10)]
+    command = [sys.executable, script, "--ours", *ours, "--peer", *peer, "--out", tmp_path / "two"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    # Standard errors 1 and 0.5, so 1.25 ** 0.5 together with 1.5625 / 1.0625 degrees of freedom
+    assert "difference, last tenth: +1.50, 95 % interval -5.42 to +8.42" in result
+    assert "speed: 2.00 times the peer's" in result
+    assert re.search(r"ours  ours12 +12\.00 +6\.60 +600\n", result), result
+    curves = pd.read_csv(tmp_path / "two.csv", index_col="step")
+    assert list(curves) == ["ours ours10", "ours ours12", "peer peer9", "peer peer10"]
+    assert (
+        curves.index[-1] == BUDGET and (curves.iloc[-1] == [10, 12, 9, 10]).all() and (curves.iloc[50] == [5, 6, 4.5, 5]).all()
+    )
+    assert cv2.imread(str(tmp_path / "two.png")).std() > 1
+    command = [sys.executable, script, "--ours", ours[0], "--peer", *peer, "--out", tmp_path / "one"]
+    assert "no interval" in subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    short = make_cleanrl_run(tmp_path / "short", 10, speed=300, steps=BUDGET // 2)
+    for theirs, out, word in ((short, "c", "budgets"), (tmp_path / "none", "c", "none"), (peer[0], "none/c", "write")):
+        code, lines = tool(script, "--ours", ours[0], "--peer", theirs, "--out", tmp_path / out)
+        assert code == 1 and len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0]
+    assert not (tmp_path / "c.csv").exists()
+
+
 @pytest.mark.parametrize(
     "options",
     [
