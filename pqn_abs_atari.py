@@ -161,7 +161,8 @@ class Args:
     eval_epsilon: float = 0.0
     """share of random actions in evaluation and videos"""
     eval_only: bool = False
-    """if toggled, evaluate --model (on the game it was trained on) and exit; eval.json beside the model is written anew"""
+    """if toggled, evaluate --model and exit, on its game, with its seed, time limit and sticky actions where no flag gives
+    others; eval.json beside the model is written anew"""
     model: str = ""
     """path of the model.pt for --eval-only"""
 
@@ -486,6 +487,8 @@ def evaluate(network, env_id, episodes, epsilon, seed, device, num_threads=0, ma
 
     Up to 128 games run in parallel. Each environment plays exactly its share of the games, because the first `episodes` games
     to finish would be the short ones. Lengths are agent steps. Emulator seeds are never those of a training run.
+    distinct_games counts games with different actions: as the emulator is deterministic and its seeds choose the no-ops at the
+    start only, a greedy policy may play few. time_limits counts the games that the time limit cut.
     """
     num_envs = min(episodes, 128)
     envs = AtariEnvs(
@@ -495,13 +498,16 @@ def evaluate(network, env_id, episodes, epsilon, seed, device, num_threads=0, ma
     share = np.full(num_envs, episodes // num_envs)
     share[: episodes % num_envs] += 1
     games, last_log = [], time.time()
+    actions_hash, distinct_games = np.zeros(num_envs, dtype=np.uint64), set()
     observations, active = envs.reset(), np.arange(num_envs, dtype=np.int32)
     while True:
         actions = network(torch.from_numpy(observations).to(device)).argmax(1).cpu().numpy()
         explore = rng.random(len(active)) < epsilon
         actions[explore] = rng.integers(envs.num_actions, size=explore.sum())
         envs.send(actions, active)
-        observations, *_, ended = envs.recv()
+        observations, *_, is_reset, ended = envs.recv()
+        actions_hash[active] = np.where(is_reset, 0, 1_000_003 * actions_hash[active] + actions.astype(np.uint64) + 1)
+        distinct_games |= {actions_hash[i] for *_, i in ended}
         games += ended
         share[[i for *_, i in ended]] -= 1
         playing = share[active] > 0
@@ -524,6 +530,8 @@ def evaluate(network, env_id, episodes, epsilon, seed, device, num_threads=0, ma
         "min": float(returns.min()),
         "max": float(returns.max()),
         "mean_length": float(lengths.mean()),
+        "distinct_games": len(distinct_games),
+        "time_limits": int((lengths >= max_episode_steps).sum()),
         "human_normalized_score": human_normalized_score(env_id, float(returns.mean())),
         "returns": returns.tolist(),
         "lengths": lengths.tolist(),
@@ -564,14 +572,14 @@ def save_model(network, args, global_step, path):
 
 
 def load_model(path, device):
-    """Reads what save_model wrote. Returns the network and the id of the game it was trained on, or fails with one line."""
+    """Reads what save_model wrote. Returns the network and the Args of its training, or fails with one line."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(content, dict):
             raise TypeError
         network = QNetwork(len(content["weights"]["head.bias"])).to(device)
         network.load_state_dict(content["weights"])
-        return network, content["args"]["env_id"]
+        return network, Args(**content["args"])
     except Exception as e:
         reason = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else "not a model of this script"
         fail(f"cannot use --model {path!r} ({reason}); give the model.pt that a run of {Path(__file__).name} left")
@@ -655,6 +663,9 @@ def evaluate_and_record(network, args, device, run_dir):
         write_json(run_dir / "eval.json", statistics)
         rounded = {name: round(value, 3) for name, value in statistics.items() if isinstance(value, float)}
         print(", ".join(f"{name} {value}" for name, value in rounded.items()) + f": {run_dir / 'eval.json'}", flush=True)
+        distinct = statistics["distinct_games"]
+        if 2 * distinct < args.eval_episodes:
+            print(f"only {distinct} of these games differ in their actions; --eval-epsilon 0.01 varies them", flush=True)
     if args.capture_video:
         scores = record_video(network, args.env_id, args.video_episodes, *settings, run_dir / "videos", *limits)
         print(f"recorded {args.video_episodes} games with scores {scores}: {run_dir / 'videos'}")
@@ -1032,11 +1043,13 @@ if __name__ == "__main__":
     torch.set_num_threads(args.torch_threads or cores)
 
     if args.eval_only:
-        network, model_env_id = load_model(args.model, device)
-        named = any(re.match("--env[-_]id", argument) for argument in sys.argv)
-        if args.env_id != model_env_id and named:
-            fail(f"--model {args.model} was trained on {model_env_id}, not on {args.env_id}; leave --env-id out")
-        args.env_id = model_env_id
+        network, trained = load_model(args.model, device)
+        given = {argument.partition("=")[0].replace("_", "-") for argument in sys.argv}
+        if args.env_id != trained.env_id and "--env-id" in given:
+            fail(f"--model {args.model} was trained on {trained.env_id}, not on {args.env_id}; leave --env-id out")
+        for name in ("env_id", "seed", "max_episode_steps", "sticky_action_probability"):  # the games that ended its training
+            if f"--{name.replace('_', '-')}" not in given:
+                setattr(args, name, getattr(trained, name))
         received_signals.append(0)  # a signal need not wait
         evaluate_and_record(speed_up(network, args.precision, device), args, device, Path(args.model).parent)
         sys.exit()
@@ -1056,7 +1069,7 @@ if __name__ == "__main__":
     learning_rate = torch.tensor(args.learning_rate, device=device) if args.cudagraphs else args.learning_rate
     optimizer = torch.optim.RAdam(network.parameters(), lr=learning_rate, foreach=True, capturable=args.cudagraphs)
     act_step = partial(act, network)
-    microbatch_size = args.microbatch_size or (256 if device.type == "cpu" else sys.maxsize)
+    microbatch_size = args.microbatch_size or (256 if device.type == "cpu" else 2**31)
     gradient_step = partial(compute_gradient, network, microbatch_size=microbatch_size)
     update_step = partial(update, network, optimizer, max_grad_norm=args.max_grad_norm, microbatch_size=microbatch_size)
     if args.cudagraphs:
@@ -1080,11 +1093,11 @@ if __name__ == "__main__":
     if checkpoint:
         try:
             network.load_state_dict(checkpoint["weights"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            # Its state comes from the checkpoint and its settings from this run, which may compute in another way
+            param_groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": param_groups})
         except (RuntimeError, ValueError):
             fail(f"{run_dir} holds another network; resume it with the script that began it")
-        if args.cudagraphs:
-            optimizer.param_groups[0]["lr"] = learning_rate  # the tensor on the GPU
         global_step, iteration, num_measurements = (checkpoint[n] for n in ("global_step", "iteration", "num_measurements"))
         rollout_length, schedule_timesteps = checkpoint["rollout_length"], checkpoint["schedule_timesteps"]
         for name, values in (("divergences", divergences), ("noise_scales", noise_scales), ("recent_returns", recent_returns)):
@@ -1128,7 +1141,8 @@ if __name__ == "__main__":
     if checkpoint:
         print(f"continuing at step {global_step:,} of {args.total_timesteps:,}; running games start anew", flush=True)
     if args.total_timesteps > schedule_timesteps:
-        print(f"schedules (learning rate, exploration) stay those of the first {schedule_timesteps:,} steps", flush=True)
+        note = ", so the learning rate is 0 from there on" * args.anneal_lr
+        print(f"schedules stay those of the first {schedule_timesteps:,} steps{note}", flush=True)
     if args.track and rank == 0:
         import wandb
 

@@ -3,10 +3,10 @@
     python benchmark/peer_curves.py --ours runs/A runs/B --peer ../cleanrl/runs/C ../cleanrl/runs/D --out peers
 
 Each folder is one seed. Prints a line per run: mean return of the games that ended in the last tenth of training and in all of
-it, and agent steps per second of wall-clock time from the first iteration's end to the last one's. Then the
-difference of the means over seeds, ours less the peer's, with Welch's 95 % interval, for which both need two seeds. Writes
-peers.csv, the curves on a grid of 100 steps, and peers.png: thin lines are seeds, thick ones their means. A point of a curve
-is the mean return of the games that ended in the 5 % of training before it.
+it, and agent steps per second of wall-clock time from the end of the first iteration to that of the last. Then the difference
+of the means over seeds, ours less the peer's, with Welch's 95 % interval, for which both need two seeds. Writes peers.csv, the
+curves at 100 points of training, and peers.png: thin lines are seeds, thick ones their means. A point of a curve is the mean
+return of the games that ended in the 5 % of training before it.
 """
 
 import argparse

@@ -9,7 +9,7 @@ Folders given are runs or hold runs; several may be given. --out receives:
     games.csv        per game and variant: mean and standard deviation (ddof 1) over seeds
     aggregates.csv   per variant: IQM, mean, median, optimality gap, predicted Atari-57 median, with intervals
     improvement.csv  per comparison and game; comparisons.csv: per comparison, over its games, with intervals
-    curves.csv       per run on a grid of 200 steps: return, divergence, KL divergence, noise scale, rollout length
+    curves.csv       per run at 200 points of training: return, divergence, KL divergence, noise scale, rollout length
     figures/         PNG and PDF
 
 A variant is a script with the settings that matter for the result; where and how a run was computed does not, and neither do
@@ -185,6 +185,7 @@ def read_run(folder, window=0.02, points=200):
         row["eval_policy"] = f"epsilon {evaluation['epsilon']}" if "epsilon" in evaluation else "sampled"
         if evaluation.get("greedy"):
             row["eval_policy"] = "greedy"
+        row |= {name: evaluation.get(name) for name in ("distinct_games", "time_limits")}
 
     grid = np.linspace(total / points, total, points).round()
     grid = grid[grid < step + total / points]  # the last point of a finished run lies up to one rollout behind its last step
@@ -251,10 +252,12 @@ def read_runs(paths, window, jobs):
     runs = pd.DataFrame([row for row, _, _ in read])
     if (runs["state"] == "unreadable").all():
         sys.exit(f"error: none of the {len(runs)} folders can be read as a run; {folders[0]}: {runs['note'][0]}")
-    for column in ("score", "hns", "score_std_over_games", "eval_episodes", "eval_policy"):
+    evaluation = "score", "hns", "score_std_over_games", "eval_episodes", "eval_policy", "distinct_games", "time_limits"
+    for column in evaluation:
         if column not in runs:
             runs[column] = np.nan
-    runs[["score", "hns"]] = runs[["score", "hns"]].astype(float)
+    numbers = ["score", "hns", "distinct_games", "time_limits"]
+    runs[numbers] = runs[numbers].astype(float)
     if runs["run"].duplicated().any():
         runs["run"] = runs["folder"]
     readable = [i for i, (_, args, _) in enumerate(read) if args]
@@ -422,6 +425,7 @@ def comparisons(scored, variants, reps):
             left_out = f"{runs_word(dropped_x + dropped_y)} left out of the comparison, as not every game has so many seeds"
             notes.append(f"{a} over {b}: {left_out}; improvement.csv, game by game, has all.")
         row = {"variant": a, "baseline": b, "seeds": len(x), "seeds_baseline": len(y), "games": len(games)}
+        row["runs_left_out"] = dropped_x + dropped_y
         names = "probability_of_improvement", "mean_difference", "mean_improvement_percent"
         rows.append(with_interval(row, names, estimate([x, y], comparison_functions, reps)))
     return pd.DataFrame(by_game), pd.DataFrame(rows), notes
@@ -510,6 +514,7 @@ def draw_curve(axis, curves, runs, column, reps, style):
     the mean and of the others."""
     ended, running = seed_curves(curves, runs, column)
     if len(ended.columns):
+        ended = ended.interpolate(method="index", limit_area="inside")  # or the mean would jump where one seed has no value
         values = ended.to_numpy().T[:, None]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # the mean of no seed is NaN, as it should be
@@ -525,8 +530,11 @@ def draw_curve(axis, curves, runs, column, reps, style):
     return len(ended.columns), len(running.columns)
 
 
-CURVE_NOTE = "Agent steps (millions). Line: mean over seeds that ended; shading: its 95 % bootstrap interval (2 seeds or more)"
-RUNNING_NOTE = ";\nthin line that ends in a cross: one run that has not ended"
+CURVE_NOTE = (
+    "Agent steps (millions). Line: mean over seeds that ended; shading: its 95 % bootstrap interval (2 seeds or more,\n"
+    f"from fewer than {FEW_SEEDS} too narrow; from 2 it is their range)"
+)
+RUNNING_NOTE = "; thin line that ends in a cross: one run that has not ended"
 
 
 def curve_figure(curves, runs, styles, column, reps):
@@ -770,6 +778,19 @@ def find_warnings(runs, finished, scored, variants):
                     f"{value if isinstance(value, str) else int(value)} ({runs_word(n)})" for value, n in values.items()
                 )
                 lines.append(f"Evaluated differently: {own['script'].iloc[0]} has {column} {text}.")
+    alike = finished[2 * finished["distinct_games"] < finished["eval_episodes"]]
+    if len(alike):
+        low, high = (f"{n:.0f}" for n in (alike["distinct_games"].min(), alike["distinct_games"].max()))
+        lines.append(
+            f"Few distinct games: in {runs_word(len(alike))} less than half of the evaluated games differ in their actions "
+            f"({low if low == high else f'{low} to {high}'} do), and the score rests on these few: emulator and greedy policy "
+            "repeat themselves. Some random actions (--eval-only --eval-epsilon 0.01) vary them."
+        )
+    cut = finished[finished["time_limits"] > 0]
+    if len(cut):
+        text = ", ".join(f"{run} ({n:.0f})" for run, n in zip(cut["run"][:5], cut["time_limits"], strict=False))
+        text += f" and {len(cut) - 5} more" if len(cut) > 5 else ""
+        lines.append(f"Games cut by the time limit, which count with the score so far, in {runs_word(len(cut))}: {text}.")
     outside = sorted(finished.loc[finished["hns"].isna(), "env_id"].unique())
     if outside:
         lines.append(f"No human-normalised score, left out of aggregates and comparisons: {', '.join(outside)}.")
@@ -832,11 +853,16 @@ def write_report(folder, runs, variants, tables, figures, notes, reps, window):
             seeds = f"{r['seeds']} and {r['seeds_baseline']}" + (
                 ": no interval" if 1 in (r["seeds"], r["seeds_baseline"]) else ""
             )
+            seeds += f"; {runs_word(r['runs_left_out'])} left out" if r["runs_left_out"] else ""
             names = "probability_of_improvement", "mean_difference", "mean_improvement_percent"
             cells = [estimate_text(r, n) for n in names]
             rows.append([r["variant"], r["baseline"], seeds, r["games"], *cells])
         header = ["A", "B", "seeds", "games", "probability of improvement", "mean difference in HNS", "mean improvement, %"]
-        lines += [f"A over B, over the games they share; {interval}.", "", markdown(header, rows), ""]
+        lines += [
+            f"A over B, over the games they share; {interval}. Improvement in percent divides by the HNS of B where that"
+        ]
+        lines += ["exceeds 1, game by game, so it can differ from the mean difference even in sign.", ""]
+        lines += [markdown(header, rows), ""]
     else:
         lines += ["None: no two comparable variants have finished runs of one game.", ""]
 

@@ -20,6 +20,10 @@ PQN = "pqn_abs_atari.py"
 # Another length at almost every iteration, from 4 to 16, in steps of 2
 MOVING = "--adapt-signal time --adapt-interval 1 --rollout-smoothing 1".split()
 SPEED = {"default": [], "cudagraphs": ["--cudagraphs"], "compile": ["--compile"], "float32": ["--precision", "float32"]}
+SPEED["both"] = ["--cudagraphs", "--compile"]
+# A run may be continued in another way; where there is nothing, in the same
+THEN = {"default": ["--device", "cpu"], "cudagraphs": ["--device", "cpu"], "float32": ["--cudagraphs"], "compile": []}
+THEN["both"] = ["--no-cudagraphs", "--no-compile"]
 
 
 def run(script, *arguments, cwd):
@@ -40,8 +44,9 @@ def losses(run_dir):
 @pytest.mark.parametrize("speed", SPEED)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run(script, speed, tmp_path):
-    """From the first line to eval.json, with rollouts that grow, in every way to compute."""
-    assert f"Pong-v5 on {DEVICE} (" in run(script, *SIZE, 2400, *MOVING, *SPEED[speed], cwd=tmp_path)
+    """From the first line to eval.json, with rollouts that grow and the noise scale measured, in every way to compute."""
+    noise_scale = [] if script == "gns_batch_atari.py" else ["--log-noise-scale"]
+    assert f"Pong-v5 on {DEVICE} (" in run(script, *SIZE, 2400, *MOVING, *noise_scale, *SPEED[speed], cwd=tmp_path)
     (run_dir,) = tmp_path.glob("runs/*")
     lengths = [value for _, value in assert_curves_are_whole(run_dir)["abs/rollout_length"]]
     assert lengths[0] == 4 and lengths[-1] >= 14 and len(set(lengths)) >= 5
@@ -52,12 +57,11 @@ def test_a_run(script, speed, tmp_path):
 @pytest.mark.parametrize("speed", SPEED)
 @pytest.mark.parametrize("script", DISTINCT)
 def test_stopped_and_resumed(script, speed, tmp_path):
-    """SIGTERM saves, --resume goes on to the end; a run may also move from the GPU to the CPU."""
+    """SIGTERM saves, --resume goes on to the end, also on a CPU or with other ways to compute."""
     flags = *SIZE, 4000, "--checkpoint-interval", 100, *SPEED[speed]
     run_dir, code, output, errors = interrupt(script, tmp_path, "--device", DEVICE, *flags)
     assert code == 143, errors
-    elsewhere = ["--device", "cpu"] if speed == "default" else []
-    assert "continuing at step" in run(script, "--resume", run_dir, *elsewhere, cwd=tmp_path)
+    assert "continuing at step" in run(script, "--resume", run_dir, *THEN[speed], cwd=tmp_path)
     assert_curves_are_whole(run_dir)
 
 
@@ -66,11 +70,11 @@ def test_ways_to_compute_agree(script, tmp_path):
     """The first losses of a run with random actions, in float32: CUDA graphs and compilation against plain steps."""
     random = ["--start-e", 1, "--end-e", 1] if script == PQN else ["--learning-rate", 1e-7]
     curves = {}
-    for speed in ("float32", "cudagraphs", "compile"):
+    for speed in ("float32", "cudagraphs", "compile", "both"):
         (tmp_path / speed).mkdir()
         run(script, *SIZE, 800, *random, "--precision", "float32", *SPEED[speed], cwd=tmp_path / speed)
         curves[speed] = losses(next(tmp_path.glob(f"{speed}/runs/*")))
-    for speed in ("cudagraphs", "compile"):
+    for speed in ("cudagraphs", "compile", "both"):
         for name in ("losses/td_loss", "losses/value_loss", "losses/entropy", "losses/grad_norm"):
             if name in curves["float32"]:
                 assert curves[speed][name] == pytest.approx(curves["float32"][name], rel=2e-2, abs=1e-3), (speed, name)

@@ -326,6 +326,17 @@ def test_evaluation_plays_each_share(script, episodes):
     assert (result["min"], result["max"]) == (min(result["returns"]), max(result["returns"]))
     assert result["human_normalized_score"] == script.human_normalized_score("MsPacman-v5", result["mean"])
     assert (result["env_id"], result["epsilon"], result["seed"]) == ("MsPacman-v5", 0.0, 1)
+    assert result["time_limits"] == episodes
+    assert result["distinct_games"] == 1  # the one action, whatever the ghosts do
+
+
+@scripts
+def test_distinct_games_have_different_actions(script):
+    """A greedy policy in Breakout plays as many games as there are no-op starts that matter; random actions make all differ,
+    and an environment's second game is another one."""
+    network = script.QNetwork(4).eval()
+    greedy, random = (script.evaluate(network, "Breakout-v5", 140, e, 1, CPU, 2, max_episode_steps=40) for e in (0.0, 0.5))
+    assert 1 <= greedy["distinct_games"] < 70 < 140 == random["distinct_games"]
 
 
 @scripts

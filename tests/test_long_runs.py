@@ -195,6 +195,21 @@ def test_damaged_checkpoint(copy, damage, tmp_path):
 
 
 @pqn_only
+def test_computing_in_another_way(copy, tmp_path):
+    """A checkpoint of a run with --cudagraphs, whose optimizer works in another way, goes on where there is no GPU."""
+    script, run_dir = copy
+    for path in checkpoints(run_dir):
+        content = load(path)
+        content["optimizer"]["param_groups"][0] |= {"capturable": True, "lr": torch.tensor(2.5e-4)}
+        torch.save(content | {"args": content["args"] | {"cudagraphs": True}}, path)
+    args = json.loads((run_dir / "args.json").read_text())
+    (run_dir / "args.json").write_text(json.dumps(args | {"cudagraphs": True}))
+    result = run_script(script, "--resume", run_dir, cwd=tmp_path)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    group = load(checkpoints(run_dir)[-1])["optimizer"]["param_groups"][0]
+    assert group["capturable"] is False and isinstance(group["lr"], float)
+
+
 def test_no_checkpoint_left(copy, tmp_path):
     """Where nothing can be read, --resume says so and changes nothing; --auto-resume starts anew."""
     script, run_dir = copy

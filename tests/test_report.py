@@ -299,7 +299,8 @@ def test_unequal_seeds(tmp_path):
     by_game = pd.read_csv(tmp_path / "out" / "improvement.csv").set_index("env_id")
     assert by_game.difference["Pong-v5"] == pytest.approx(0.2) and by_game.difference["Qbert-v5"] == pytest.approx(0.15)
     compared = pd.read_csv(tmp_path / "out" / "comparisons.csv").iloc[0]
-    assert compared.seeds == 2 and compared.mean_difference == pytest.approx(0.15)
+    assert compared.seeds == 2 and compared.mean_difference == pytest.approx(0.15) and compared.runs_left_out == 1
+    assert "; 1 run left out |" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("out", ["/dev/null/x", "/proc/no/report"])
@@ -367,6 +368,22 @@ def test_peer_curves(tmp_path):
         code, lines = tool(script, "--ours", ours[0], "--peer", theirs, "--out", tmp_path / out)
         assert code == 1 and len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0]
     assert not (tmp_path / "c.csv").exists()
+
+
+def test_alike_and_cut_games_are_named(tmp_path):
+    """A score that rests on few distinct games, or on games that the time limit cut, is a warning."""
+    for seed, distinct_games, time_limits in ((1, 2, 0), (2, 100, 0), (3, 94, 7)):
+        run = make_run(tmp_path / "runs", seed=seed)
+        evaluation = json.loads((run / "eval.json").read_text())
+        evaluation |= {"distinct_games": distinct_games, "time_limits": time_limits}
+        (run / "eval.json").write_text(json.dumps(evaluation))
+    make_report(tmp_path / "runs", tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Few distinct games: in 1 run less than half" in text and "(2 do)" in text
+    assert re.search(r"time limit.*in 1 run: Pong-v5__pqn_abs_atari__3__\d+ \(7\)\.", text)
+    scores = pd.read_csv(tmp_path / "out" / "scores.csv").set_index("seed")
+    assert list(scores.loc[[1, 2, 3], "distinct_games"]) == [2, 100, 94]
+    assert list(scores.loc[[1, 2, 3], "time_limits"]) == [0, 0, 7]
 
 
 @pytest.mark.parametrize(

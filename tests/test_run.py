@@ -280,17 +280,22 @@ def test_speed_options_change_nothing_but_speed(script, start):
 
 @but_for_gns
 def test_eval_only(script, start, tmp_path):
-    """--eval-only plays the games of the evaluation after training again, needs no --env-id, and writes eval.json beside."""
-    run = start(*STEPS)
+    """--eval-only plays the games of the evaluation after training again (game, seed, time limit and sticky actions are those
+    of the run unless a flag says otherwise), and writes eval.json beside."""
+    run = start(*STEPS, "--seed", 5, "--sticky-action-probability", 0.3)
     shutil.copy(run.dir / "model.pt", tmp_path)
-    limits = ("--eval-episodes", 2, "--max-episode-steps", 200)
-    result = run_script(script, "--eval-only", "--model", tmp_path / "model.pt", *limits, cwd=tmp_path)
+    command = script, "--eval-only", "--model", tmp_path / "model.pt", "--eval-episodes", 2
+    result = run_script(*command, cwd=tmp_path)
     assert result.returncode == 0 and not result.stderr
     evaluation, expected = (json.loads((folder / "eval.json").read_text()) for folder in (tmp_path, run.dir))
-    assert evaluation == expected and evaluation["env_id"] == "Pong-v5"
+    assert evaluation == expected and evaluation["env_id"] == "Pong-v5" and evaluation["seed"] == 5
     assert sorted(p.name for p in tmp_path.iterdir()) == ["eval.json", "model.pt"]
+    greedy = ["--eval-greedy"] if script == "ppo_abs_atari.py" else []
+    assert run_script(*command, *greedy, "--seed=6", "--max_episode_steps", 90, cwd=tmp_path).returncode == 0
+    evaluation = json.loads((tmp_path / "eval.json").read_text())
+    assert evaluation["seed"] == 6 and evaluation["lengths"] == [90, 90]
     if script == "ppo_abs_atari.py":
-        result = run_script(script, "--eval-only", "--eval-greedy", "--model", tmp_path / "model.pt", *limits, cwd=tmp_path)
+        result = run_script(*command, *greedy, cwd=tmp_path)
         assert result.returncode == 0 and "greedily" in result.stdout
         assert json.loads((tmp_path / "eval.json").read_text())["greedy"] is True
 

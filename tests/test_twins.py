@@ -7,6 +7,8 @@ so, or it has to leave the list.
 
 import ast
 import difflib
+import re
+import subprocess
 
 import pytest
 from conftest import ROOT, SCRIPTS
@@ -144,3 +146,12 @@ def test_shared_passages_stand_in_the_same_order(script):
 def test_diffs_are_short(a, b, most):
     """`diff` between two scripts shows what they differ in, and nothing else."""
     assert 0 < changed_lines(a, b) < most
+
+
+def test_the_readme_counts_the_changed_lines():
+    """The numbers in the README's table are those of `diff`."""
+    rows = re.findall(r"^\| `(\S+\.py) (\S+\.py)` \| (\d+):", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) == 4
+    for a, b, stated in rows:
+        lines = subprocess.run(["diff", ROOT / a, ROOT / b], capture_output=True, text=True).stdout.splitlines()
+        assert sum(line[0] in "<>" for line in lines) == int(stated), f"{a} {b}"
