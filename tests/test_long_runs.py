@@ -194,7 +194,6 @@ def test_damaged_checkpoint(copy, damage, tmp_path):
     assert_curves_are_whole(run_dir)
 
 
-@pqn_only
 def test_computing_in_another_way(copy, tmp_path):
     """A checkpoint of a run with --cudagraphs, whose optimizer works in another way, goes on where there is no GPU."""
     script, run_dir = copy
@@ -210,6 +209,7 @@ def test_computing_in_another_way(copy, tmp_path):
     assert group["capturable"] is False and isinstance(group["lr"], float)
 
 
+@pqn_only
 def test_no_checkpoint_left(copy, tmp_path):
     """Where nothing can be read, --resume says so and changes nothing; --auto-resume starts anew."""
     script, run_dir = copy
