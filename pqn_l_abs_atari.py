@@ -177,7 +177,8 @@ class Args:
 
     # Speed
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """arithmetic of the convolutions and matrix products; auto is bfloat16 where the hardware has it, else float32"""
+    """arithmetic of the convolutions and matrix products; auto is bfloat16 where the hardware has it, else float32 (which
+    cuDNN may round to TF32 in convolutions, PyTorch's default)"""
     compile: bool = False
     """if toggled, torch.compile the network (needs Triton on CUDA, a C++ compiler on the CPU)"""
     cudagraphs: bool = False
