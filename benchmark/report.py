@@ -40,7 +40,6 @@ import shutil
 import sys
 import tempfile
 import textwrap
-import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
@@ -514,11 +513,9 @@ def draw_curve(axis, curves, runs, column, reps, style):
     the mean and of the others."""
     ended, running = seed_curves(curves, runs, column)
     if len(ended.columns):
-        ended = ended.interpolate(method="index", limit_area="inside")  # or the mean would jump where one seed has no value
-        values = ended.to_numpy().T[:, None]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # the mean of no seed is NaN, as it should be
-            mean, low, high = estimate(values, lambda x: np.nanmean(x, axis=(0, 1)), min(reps, 300))
+        # No mean over some of the seeds: it would jump where another one joins or leaves
+        values = ended.interpolate(method="index", limit_area="inside").to_numpy().T[:, None]
+        mean, low, high = estimate(values, lambda x: np.mean(x, axis=(0, 1)), min(reps, 300))
         millions = ended.index / 1e6
         axis.plot(millions, mean, markevery=0.2, **style)
         axis.fill_between(millions, low, high, color=style["color"], alpha=0.2, linewidth=0)
@@ -531,8 +528,9 @@ def draw_curve(axis, curves, runs, column, reps, style):
 
 
 CURVE_NOTE = (
-    "Agent steps (millions). Line: mean over seeds that ended; shading: its 95 % bootstrap interval (2 seeds or more,\n"
-    f"from fewer than {FEW_SEEDS} too narrow; from 2 it is their range)"
+    "Agent steps (millions). Line: mean over runs that ended, where all of them have a value; "
+    "shading: its 95 % bootstrap interval\n"
+    f"(2 seeds or more; from fewer than {FEW_SEEDS} too narrow, from 2 it is their range)"
 )
 RUNNING_NOTE = "; thin line that ends in a cross: one run that has not ended"
 
