@@ -737,6 +737,12 @@ def parse_args(default=None):
         raise
 
 
+def given(name):
+    """Whether the command line sets an option (a field of Args), be it to its default."""
+    options = {argument.partition("=")[0].replace("_", "-") for argument in sys.argv}
+    return f"--{name.replace('_', '-')}" in options
+
+
 def rollout_range(args):
     """Shortest and longest rollout in steps per environment that these arguments allow, and the number of which all lengths
     are multiples, so that every minibatch has the same size: the number of minibatches or, where the range is too narrow or
@@ -898,7 +904,7 @@ def find_run(args):
     names = [field.name for field in dataclasses.fields(Args) if field.name not in MAY_CHANGE]
     run_dir = checkpoint = None
     in_use = "is in use by another process; wait until that has ended, or stop it"
-    if args.resume or any(argument.partition("=")[0] == "--resume" for argument in sys.argv):
+    if args.resume or given("resume"):
         run_dir = Path(args.resume)
         saved = saved_args(run_dir) if args.resume else None
         if saved is None:
@@ -1086,11 +1092,10 @@ if __name__ == "__main__":
 
     if args.eval_only:
         network, trained = load_model(args.model, device)
-        given = {argument.partition("=")[0].replace("_", "-") for argument in sys.argv}
-        if args.env_id != trained.env_id and "--env-id" in given:
+        if args.env_id != trained.env_id and given("env_id"):
             fail(f"--model {args.model} was trained on {trained.env_id}, not on {args.env_id}; leave --env-id out")
         for name in ("env_id", "seed", "max_episode_steps", "sticky_action_probability"):  # the games that ended its training
-            if f"--{name.replace('_', '-')}" not in given:
+            if not given(name):
                 setattr(args, name, getattr(trained, name))
         received_signals.append(0)  # a signal need not wait
         evaluate_and_record(speed_up(network, args.precision, device), args, device, Path(args.model).parent)
