@@ -856,10 +856,8 @@ def write_report(folder, runs, variants, tables, figures, notes, reps, window):
             cells = [estimate_text(r, n) for n in names]
             rows.append([r["variant"], r["baseline"], seeds, r["games"], *cells])
         header = ["A", "B", "seeds", "games", "probability of improvement", "mean difference in HNS", "mean improvement, %"]
-        lines += [
-            f"A over B, over the games they share; {interval}. Improvement in percent divides by the HNS of B where that"
-        ]
-        lines += ["exceeds 1, game by game, so it can differ from the mean difference even in sign.", ""]
+        text = f"A over B, over the games they share; {interval}. Improvement in percent divides by the HNS of B where that "
+        lines += [text + "exceeds 1, game by game, so it can differ from the mean difference even in sign.", ""]
         lines += [markdown(header, rows), ""]
     else:
         lines += ["None: no two comparable variants have finished runs of one game.", ""]

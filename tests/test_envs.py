@@ -10,7 +10,7 @@ import envpool
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, modules_with
+from conftest import MODULES, ROOT, modules_with
 
 # The other scripts have the same environment, word for word (test_twins.py).
 scripts = pytest.mark.parametrize("script", modules_with("AtariEnvs")[:1])
@@ -332,11 +332,25 @@ def test_evaluation_plays_each_share(script, episodes):
 
 @scripts
 def test_distinct_games_have_different_actions(script):
-    """A greedy policy in Breakout plays as many games as there are no-op starts that matter; random actions make all differ,
-    and an environment's second game is another one."""
+    """A greedy policy in Breakout plays as many games as there are no-op starts that matter, 4, also where an environment
+    plays two; random actions make all differ."""
     network = script.QNetwork(4).eval()
     greedy, random = (script.evaluate(network, "Breakout-v5", 140, e, 1, CPU, 2, max_episode_steps=40) for e in (0.0, 0.5))
-    assert 1 <= greedy["distinct_games"] < 70 < 140 == random["distinct_games"]
+    assert 1 <= greedy["distinct_games"] <= 4 < 140 == random["distinct_games"]
+
+
+@pytest.mark.parametrize(
+    "script, network, greedy, varied",
+    [("pqn_abs_atari", Always(4, 1), {"eval_epsilon": 0.0}, {"eval_epsilon": 0.5})]
+    + [("ppo_abs_atari", Mostly(0.4, 0.2, 0.2, 0.2), {"eval_greedy": True}, {"eval_greedy": False})],
+)
+def test_games_that_repeat_are_said(script, network, greedy, varied, tmp_path, capsys):
+    """Where less than half of the games differ, a line says how many do and what would vary them."""
+    script = MODULES[f"{script}.py"]
+    for settings, repeat in ((greedy, True), (varied, False)):
+        args = script.Args(env_id="Breakout-v5", eval_episodes=4, max_episode_steps=12, **settings)
+        script.evaluate_and_record(network, args, CPU, tmp_path)
+        assert ("only 1 of these games differ in their actions; " in capsys.readouterr().out) is repeat
 
 
 @scripts

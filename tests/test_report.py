@@ -152,6 +152,20 @@ def test_curves(study):
     assert (study[0] / "curves.csv").stat().st_size < 1_000_000
 
 
+def test_mean_curves_have_no_gap_and_no_jump():
+    """A mean curve is drawn where every seed has a value, points between two measurements being on the line that joins them;
+    runs that have not ended are no part of it."""
+    values = {"a": [None, 1, 2, None, 4, 5], "b": [10, 11, None, 13, 14, None], "c": [100] * 6}
+    curves = pd.concat(pd.DataFrame({"run": r, "step": range(0, 60, 10), "kl": np.array(v, float)}) for r, v in values.items())
+    runs = pd.DataFrame({"run": ["a", "b", "c"], "state": ["finished", "not evaluated", "unfinished"]})
+    figure, axis = report.plt.subplots()
+    assert report.draw_curve(axis, curves, runs, "kl", 50, report.style_of(0)) == (2, 1)
+    np.testing.assert_allclose(axis.lines[0].get_xdata() * 1e6, range(0, 60, 10))
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), [np.nan, 6, 7, 8, 9, np.nan])
+    assert set(axis.lines[1].get_ydata()) == {100}
+    report.plt.close(figure)
+
+
 def test_figures(study):
     """All figures of the paper are drawn, as pictures with something on them, and shown in report.md."""
     text = (study[0] / "report.md").read_text()
