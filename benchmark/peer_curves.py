@@ -63,13 +63,16 @@ def main():
 
     grid = np.linspace(min(lengths) / 100, min(lengths), 100).round()
     curves, last, whole, speeds = ({"ours": [], "peer": []} for _ in range(4))
-    print(f"{'':64}  last tenth  whole run  steps/s")
+    lines = [f"{'':64}  last tenth  whole run  steps/s"]
     for who, folder, (steps, returns), total, speed in runs:
+        if not (steps > 0.9 * total).any():
+            sys.exit(f"error: no game of {folder} ended in the last tenth of its {total:,} steps; compare longer runs")
         curves[who].append(windowed_means(steps, returns, grid, grid[-1] / 20))
         last[who].append(returns[steps > 0.9 * total].mean())
         whole[who].append(returns.mean())
         speeds[who].append(speed)
-        print(f"{who}  {folder.name:58}  {last[who][-1]:10.2f}  {whole[who][-1]:9.2f}  {speed:7.0f}")
+        lines.append(f"{who}  {folder.name:58}  {last[who][-1]:10.2f}  {whole[who][-1]:9.2f}  {speed:7.0f}")
+    print("\n".join(lines))
     print(f"difference, last tenth: {difference(last['ours'], last['peer'])}")
     print(f"difference, whole run: {difference(whole['ours'], whole['peer'])}")
     print(f"speed: {np.mean(speeds['ours']) / np.mean(speeds['peer']):.2f} times the peer's")

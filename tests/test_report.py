@@ -348,12 +348,14 @@ def test_plot_run(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "a.png", "empty", "runs"]
 
 
-def make_cleanrl_run(folder, level, speed, steps=BUDGET):
-    """A run as CleanRL's scripts leave it: every game of the last tenth scores `level`, those before it half of that."""
+def make_cleanrl_run(folder, level, speed, steps=BUDGET, last_game=BUDGET):
+    """A run as CleanRL's scripts leave it: every game of the last tenth scores `level`, those before it half of that. No game
+    ends after step `last_game`."""
     with SummaryWriter(str(folder)) as writer:
         for step in range(1000, steps + 1, 1000):
             score = level if step > 0.9 * steps else level / 2
-            writer.add_scalar("charts/episodic_return", score, step, walltime=1e9 + step / speed)
+            if step <= last_game:
+                writer.add_scalar("charts/episodic_return", score, step, walltime=1e9 + step / speed)
             writer.add_scalar("charts/SPS", 1, step, walltime=1e9 + step / speed)
     return folder
 
@@ -378,7 +380,13 @@ def test_peer_curves(tmp_path):
     command = [sys.executable, script, "--ours", ours[0], "--peer", *peer, "--out", tmp_path / "one"]
     assert "no interval" in subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
     short = make_cleanrl_run(tmp_path / "short", 10, speed=300, steps=BUDGET // 2)
-    for theirs, out, word in ((short, "c", "budgets"), (tmp_path / "none", "c", "none"), (peer[0], "none/c", "write")):
+    long = make_cleanrl_run(tmp_path / "long", 10, speed=300, last_game=BUDGET // 2)
+    for theirs, out, word in (
+        (short, "c", "budgets"),
+        (long, "c", "last tenth"),
+        (tmp_path / "none", "c", "none"),
+        (peer[0], "none/c", "write"),
+    ):
         code, lines = tool(script, "--ours", ours[0], "--peer", theirs, "--out", tmp_path / out)
         assert code == 1 and len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0]
     assert not (tmp_path / "c.csv").exists()
