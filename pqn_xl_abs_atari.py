@@ -49,6 +49,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections import deque
 from dataclasses import dataclass
@@ -1108,6 +1109,7 @@ if __name__ == "__main__":
     update_step = partial(update, network, optimizer, max_grad_norm=args.max_grad_norm, microbatch_size=microbatch_size)
     if args.cudagraphs:
         act_step, update_step = CUDAGraphed(act_step), CUDAGraphed(update_step)
+        warnings.filterwarnings("ignore", ".*without CUDA graph capture")  # the first step of each shape, on purpose
     # Training draws from one generator and measuring from another, so measuring changes no run.
     rank_seed = args.seed + 1_000_003 * rank  # within the 32 bits that the CPU's generator looks at
     rng = torch.Generator(device).manual_seed(rank_seed)
@@ -1389,6 +1391,8 @@ if __name__ == "__main__":
             command = ["python" if world_size == 1 else "torchrun ...", shlex.join([sys.argv[0], "--resume", str(run_dir)])]
             print(f"stopped by a signal at step {global_step:,}; to continue: {' '.join(command)}", flush=True)
             writer.close()
+            if world_size > 1:
+                dist.destroy_process_group()
             sys.exit(128 + int(stop))
 
     bar.close()

@@ -8,7 +8,8 @@ Every line is a training run of its own process with the same number of samples 
 epochs, with PPO 4), timed by the wall clock between its TensorBoard points: emulation, inference, learning and logging are all
 in it, the first quarter of the run is not. Speed is the median over windows of some 8,192 steps; lowest and highest are their
 range. Runs of ours and of the peer alternate. Emulation, inference and learning are shares of the time, as the script logs
-them: waiting for the emulator; acting and storing; everything else. Prints a table and writes it as CSV.
+them: waiting for the emulator; acting and storing; everything else. Prints a table and writes it as CSV, which is written anew
+after every run, so that a benchmark that is cut short leaves what it has measured.
 """
 
 import argparse
@@ -28,6 +29,9 @@ from plot_run import can_write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from pqn_abs_atari import granted_cores  # noqa: E402
+
 FIELDS = "name steps_per_second lowest highest windows of_emulator emulation inference learning peak_memory_gib".split()
 
 
@@ -93,7 +97,7 @@ def main():
     parser.add_argument("--peer", type=Path, help="a script with CleanRL's flags, run at the base length")
     parser.add_argument("--lengths", nargs="+", default=["16", "32", "max", "moving"], help='steps, "max" and "moving"')
     parser.add_argument("--env-id", default="Breakout-v5", help="the game")
-    parser.add_argument("--steps", type=int, default=65536, help="agent steps of each run; on a GPU take 4000000")
+    parser.add_argument("--steps", type=int, default=65536, help="agent steps of each run; on a GPU take 1000000")
     parser.add_argument("--rounds", type=int, default=2, help="how often all runs are repeated, in turn")
     parser.add_argument("--flags", default="", help='more flags for our scripts, such as "--precision float32"')
     parser.add_argument("--out", type=Path, default=Path("throughput.csv"), help="the CSV to write")
@@ -114,9 +118,8 @@ def main():
     if args.out.is_dir() or not can_write(args.out.resolve().parent):
         sys.exit(f"error: cannot write {args.out}; choose a file in a folder that exists and that you may write to")
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    rate = float(np.median(emulator := measure_envpool(args.env_id, 128, min(cores, 128), seconds=20, warmup=3)))
-    rows = [row("EnvPool, random actions", emulator, rate)]
+    cores = granted_cores()
+    emulator = measure_envpool(args.env_id, 128, min(cores, 128), seconds=20, warmup=3)
     common = f"--env-id {args.env_id} --num-envs 128 --num-minibatches 4 --total-timesteps {args.steps}"
     commands = {}
     for script in args.scripts:
@@ -134,23 +137,34 @@ def main():
         common += " --update-epochs 2 --num-steps 32"
         commands[peer_name] = [sys.executable, str(args.peer.resolve()), *shlex.split(common)]
     runs = {name: [] for name in commands}
-    for _ in range(args.rounds):
+    for i in range(args.rounds):
         for name, command in commands.items():
             runs[name].append(run_script(command))
-    for name, results in runs.items():
-        shares = [r[1] for r in results if r[1]]
-        speeds = [speed for r in results for speed in r[0]]
-        rows.append(row(name, speeds, rate, np.mean(shares, axis=0) if shares else None, max(r[2] for r in results)))
+            print(f"round {i + 1} of {args.rounds}: {name}: {np.median(runs[name][-1][0]):.0f} steps/s", flush=True)
+            rows = table(emulator, runs)
+            with args.out.open("w", newline="") as f:
+                writer = csv.DictWriter(f, FIELDS)
+                writer.writeheader()
+                writer.writerows(rows)
 
     for r in [dict(zip(FIELDS, FIELDS, strict=True)), *rows]:
         print("  ".join(str(r[f]).ljust(44 if f == "name" else max(10, len(f))) for f in FIELDS))
     for r in rows[1:-1] if args.peer else []:
         print(f"{r['name']}: {r['steps_per_second'] / rows[-1]['steps_per_second']:.2f} times the speed of the peer")
     print(f"{cores} cores, {platform.machine()}, Python {platform.python_version()}, EnvPool {envpool.__version__}")
-    with args.out.open("w", newline="") as f:
-        writer = csv.DictWriter(f, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+
+
+def table(emulator, runs):
+    """A row for the emulator's speeds and one for every script that has run; runs maps names to what run_script returned."""
+    rate = float(np.median(emulator))
+    rows = [row("EnvPool, random actions", emulator, rate)]
+    for name, results in runs.items():
+        if results:
+            speeds = [speed for r in results for speed in r[0]]
+            shares = [r[1] for r in results if r[1]]
+            mean_shares = np.mean(shares, axis=0) if shares else None
+            rows.append(row(name, speeds, rate, mean_shares, max(r[2] for r in results)))
+    return rows
 
 
 def row(name, speeds, rate, shares=None, memory=None):

@@ -18,9 +18,9 @@ DISTINCT = ["pqn_abs_atari.py", "ppo_abs_atari.py", "gns_batch_atari.py"]
 
 torch.set_num_threads(1)  # the tensors are small, and the machine may be shared
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-    # A core for each worker and the runs it starts: runs that share cores wait for each other at every operation.
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
+    # Cores of its own for each worker and the runs it starts: runs that share cores wait for each other at every operation.
+    cores, worker = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    os.sched_setaffinity(0, cores[worker % len(cores) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])])
 sys.path.insert(0, str(ROOT))
 MODULES = {name: importlib.import_module(name.removesuffix(".py")) for name in SCRIPTS}
 

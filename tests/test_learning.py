@@ -104,7 +104,7 @@ class Lamps:
 
 LAMPS = (
     "--env-id Pong-v5 --num-envs 32 --total-timesteps 8000 --rollout-length-min 8 --rollout-length-max 16 --adapt-interval 5 "
-    "--gamma 0.8 --learning-rate 1e-3 --eval-episodes 0 --env-pools 1 --torch-threads 1 --precision float32"
+    "--gamma 0.8 --learning-rate 1e-3 --eval-episodes 0 --env-pools 1 --torch-threads 1 --precision float32 --device cpu"
 ).split()
 EXPLORATION = "--start-e 1 --end-e 0 --exploration-fraction 0.7".split()
 

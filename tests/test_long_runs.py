@@ -33,12 +33,14 @@ def start(script, *arguments, cwd, command=(sys.executable,)):
     return subprocess.Popen(arguments, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(condition, process, seconds=120):
-    """Waits until something is so while the process runs."""
+def wait_for(condition, process, seconds=300):
+    """Waits until something is so while the process runs; ends the process where it does not come to be."""
     end = time.time() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
-        assert time.time() < end, "waited in vain"
+        if time.time() > end:
+            process.kill()
+            pytest.fail(f"waited in vain: {process.communicate()}")
         time.sleep(0.05)
 
 

@@ -114,22 +114,23 @@ def test_compiled_equals_eager(script):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
 @learners
-def test_cuda_graphs_equal_plain_steps(script):
+def test_cuda_graphs_equal_plain_steps(script, monkeypatch):
     """Five updates each at two minibatch sizes in turn, plain and recorded, end at the same weights; a recorded step reads a
     learning rate that changes; gradients taken between two steps, as for the noise scale, disturb neither."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     networks, device = [fresh_network(script).cuda()], torch.device("cuda")
     networks.append(copy.deepcopy(networks[0]))
     for network, graphed in zip(networks, (False, True), strict=True):
-        learning_rate = torch.tensor(1e-3, device=device)
-        kind = torch.optim.Adam if hasattr(script, "Agent") else torch.optim.RAdam
-        optimizer = kind(network.parameters(), lr=learning_rate, foreach=True, capturable=True)
+        # RAdam begins without its adaptive part, whose steps are small: so large a rate that a wrong one would show
+        kind, rate = (torch.optim.Adam, 1e-3) if hasattr(script, "Agent") else (torch.optim.RAdam, 1e-2)
+        optimizer = kind(network.parameters(), lr=torch.tensor(rate, device=device), foreach=True, capturable=True)
 
         def step(*batch, network=network, optimizer=optimizer):
             return script.update(network, optimizer, *batch, **settings(script, 10.0), microbatch_size=1000)
 
         step = script.CUDAGraphed(step) if graphed else step
         for i in range(5):
-            optimizer.param_groups[0]["lr"].fill_(1e-3 / (i + 1))
+            optimizer.param_groups[0]["lr"].fill_(rate / (i + 1))
             for size in (96, 64):
                 logs = step(*minibatch(script, size, device=device))
                 assert logs.isfinite().all() and len(logs) == len(script.LOSSES)
@@ -163,7 +164,7 @@ def final_storage(script, monkeypatch, tmp_path, *flags):
     """Runs the script in this process and returns its storage after the last rollout."""
     monkeypatch.chdir(tmp_path)
     arguments = "--env-id Breakout-v5 --num-envs 8 --rollout-length-min 8 --num-minibatches 4 --total-timesteps 800".split()
-    arguments += "--max-episode-steps 30 --eval-episodes 0 --precision float32".split()
+    arguments += "--max-episode-steps 30 --eval-episodes 0 --precision float32 --device cpu".split()
     names = "obs actions rewards terminations dones is_transition".split()
     if hasattr(script, "Agent"):
         names += ["advantages", "log_probs", "values"]
@@ -197,7 +198,8 @@ MOVING = "--adapt-signal time --adapt-interval 1 --rollout-smoothing 1"  # anoth
 def peak_memory(tmp_path, *flags):
     """Peak resident memory in MiB of a run of its own process."""
     unit = 2**20 if sys.platform == "darwin" else 2**10
-    arguments = "--env-id Pong-v5 --num-envs 8 --num-minibatches 2 --total-timesteps 8000 --eval-episodes 0 --torch-threads 1"
+    arguments = "--env-id Pong-v5 --num-envs 8 --num-minibatches 2 --total-timesteps 8000 --eval-episodes 0 --torch-threads 1 "
+    arguments += "--device cpu"
     code = f"import resource, runpy, sys; sys.argv = {['script', *arguments.split(), *flags]}; "
     code += f"runpy.run_path({pqn.__file__!r}, run_name='__main__'); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     output = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
@@ -216,7 +218,8 @@ def test_many_lengths_do_not_grow_memory(tmp_path):
 @pytest.mark.skipif(not pqn.compiler_is_there(torch.device("cpu")), reason="torch.compile needs a C++ compiler")
 def test_many_lengths_do_not_recompile(monkeypatch, tmp_path):
     """A run through 13 lengths compiles acting and learning a handful of times, not once per length."""
-    flags = "--env-id Pong-v5 --num-envs 8 --num-minibatches 2 --rollout-length-min 4 --rollout-length-max 28 --compile"
+    flags = "--env-id Pong-v5 --num-envs 8 --num-minibatches 2 --rollout-length-min 4 --rollout-length-max 28 --compile "
+    flags += "--device cpu"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         sys, "argv", ["script", *flags.split(), *MOVING.split(), *"--total-timesteps 3000 --eval-episodes 0".split()]
