@@ -706,10 +706,7 @@ def evaluate_and_record(network, args, device, run_dir):
         print(", ".join(f"{name} {value}" for name, value in rounded.items()) + f": {run_dir / 'eval.json'}", flush=True)
         distinct = statistics["distinct_games"]
         if args.eval_greedy and 2 * distinct < args.eval_episodes:
-            print(
-                f"only {distinct} of these games differ in their actions; sampling, without --eval-greedy, varies them",
-                flush=True,
-            )
+            print(f"only {distinct} of these games differ in their actions; without --eval-greedy they vary", flush=True)
     if args.capture_video:
         scores = record_video(network, args.env_id, args.video_episodes, *settings, run_dir / "videos", *limits)
         print(f"recorded {args.video_episodes} games with scores {scores}: {run_dir / 'videos'}")
