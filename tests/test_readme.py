@@ -40,7 +40,7 @@ def test_flags_exist():
     known |= {flag.replace("--", "--no-", 1) for flag in known} | {"--help", "--logdir"}
     known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', "".join(p.read_text() for p in (ROOT / "benchmark").glob("*.py"))))
     known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun
-    known |= {"--gpus", "--array"}  # Slurm
+    known |= {"--gpus", "--array", "--dist"}  # Slurm and pytest-xdist
     known |= set(re.findall(r"^#SBATCH (--[a-z-]+)", (ROOT / "benchmark" / "slurm_array.sh").read_text(), re.M))
     known |= set("--bar --joblog --resume-failed --results --termseq --sshlogin --workdir".split())  # GNU parallel
     known |= set(re.findall(r"--[a-z]+", (ROOT / "benchmark" / "atari10.sh").read_text()))
