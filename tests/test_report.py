@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import report  # noqa: E402
+import throughput  # noqa: E402
 
 PQN = MODULES["pqn_abs_atari.py"]
 TABLE = pd.read_csv(ROOT / "benchmark" / "atari57_scores.csv", index_col="env_id")
@@ -428,3 +429,22 @@ def test_throughput_looks_before_it_measures(options):
         and lines[0].startswith("error: ")
         and options[0] in lines[0].replace("script", "--scripts").replace("write", "--out")
     )
+
+
+def test_throughput_leaves_what_it_measured(monkeypatch, tmp_path):
+    """A benchmark that ends in the middle has written the median, range and shares of the runs that it made."""
+    results = iter([([100.0, 300.0, 200.0], [0.5, 0.2, 0.3], 1.5)])
+
+    def run_script(command):
+        result = next(results, None)
+        return result or sys.exit("error: stopped")
+
+    monkeypatch.setattr(throughput, "run_script", run_script)
+    monkeypatch.setattr(throughput, "measure_envpool", lambda *arguments, **options: [900.0, 1000.0, 1100.0])
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--lengths", "16", "32", "--out", str(tmp_path / "speed.csv")])
+    with pytest.raises(SystemExit, match="stopped"):
+        throughput.main()
+    emulator, script = pd.read_csv(tmp_path / "speed.csv").to_dict("records")
+    assert emulator["steps_per_second"] == 1000 and script["name"] == "pqn_abs_atari.py, L = 16"
+    expected = {"steps_per_second": 200, "lowest": 100, "highest": 300, "of_emulator": 0.2, "learning": 0.3}
+    assert expected.items() <= script.items()
