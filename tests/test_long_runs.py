@@ -332,24 +332,24 @@ def test_what_runs_it_may_change_but_not_unseen(copy, tmp_path):
             assert "source (was 0123456789ab), torch (was 2.11.0)" in warnings[0] and "envpool" not in warnings[0]
 
 
-@pqn_only
-def test_extension_keeps_the_schedules(stopped, tmp_path):
+@pytest.mark.parametrize("script", [PQN, "ppo_abs_atari.py"])
+def test_extension_keeps_the_schedules(script, tmp_path):
     """A finished run goes on with a larger total; epsilon and learning rate stay on the first run's lines, as a line says."""
-    script = stopped[0]
-    flags = ("--anneal-lr", "--exploration-fraction", 1)
+    anneals = script != PQN  # by default: PQN decays epsilon alone, PPO the learning rate
+    flags = () if anneals else ("--exploration-fraction", 1)
     assert run_script(script, *SIZE, 1000, *flags, cwd=tmp_path).returncode == 0
     (run_dir,) = tmp_path.glob("runs/*")
     result = run_script(script, "--resume", run_dir, "--total-timesteps", 2500, cwd=tmp_path)
-    line = "schedules stay those of the first 1,000 steps, so the learning rate is 0 from there on"
+    line = "schedules stay those of the first 1,000 steps" + ", so the learning rate is 0 from there on" * anneals
     assert result.returncode == 0 and line in result.stdout.splitlines(), result.stderr
     scalars = assert_curves_are_whole(run_dir)
     batches = scalars["abs/batch_size"]
     assert batches[-1][0] > 2400
-    for (step, batch), (_, rate), (_, epsilon) in zip(
-        batches, scalars["charts/learning_rate"], scalars["charts/epsilon"], strict=True
-    ):
-        assert rate == pytest.approx(2.5e-4 * max(0, 1 - (step - batch) / 1000), abs=1e-9)
+    for (step, batch), (_, rate) in zip(batches, scalars["charts/learning_rate"], strict=True):
+        assert rate == pytest.approx(2.5e-4 * (max(0, 1 - (step - batch) / 1000) if anneals else 1), abs=1e-9)
+    for step, epsilon in scalars.get("charts/epsilon", []):
         assert epsilon == pytest.approx(max(0.001, 1 - 0.999 * step / 1000), abs=1e-6)
+    assert ("charts/epsilon" in scalars) is not anneals
     assert json.loads((run_dir / "args.json").read_text())["total_timesteps"] == 2500
     assert run_script(script, "--resume", run_dir, cwd=tmp_path).stdout.count("finished") == 1
 
