@@ -1102,6 +1102,30 @@ if __name__ == "__main__":
         evaluate_and_record(speed_up(network, args.precision, device), args, device, Path(args.model).parent)
         sys.exit()
 
+    # Adaptive Batch Scaling
+    length_min, length_max, length_multiple = rollout_range(args)
+    rollout_length = float(length_min)  # stays a float, or smoothing would freeze short of its target
+    divergences = deque(maxlen=args.divergence_window)
+    noise_scales = deque(maxlen=args.divergence_window)  # (noise, signal)
+    num_measurements = 0
+
+    # Storage, allocated once for the longest rollout; shorter ones use its beginning
+    shortest, longest = (round_rollout_length(n, length_min, length_max, length_multiple) for n in (length_min, length_max))
+    try:
+        obs = torch.zeros((longest + 1, num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
+        actions = torch.zeros((longest, num_envs), dtype=torch.int64, device=device)
+        log_probs = torch.zeros((longest + 1, num_envs), device=device)
+        values = torch.zeros((longest + 1, num_envs), device=device)
+        rewards = torch.zeros((longest, num_envs))
+        terminations = torch.zeros((longest, num_envs), dtype=torch.bool)
+        dones = torch.zeros((longest, num_envs), dtype=torch.bool)
+        is_transition = torch.zeros((longest, num_envs), dtype=torch.bool)
+    except RuntimeError:
+        size = (longest + 1) * num_envs * 4 * 84 * 84 / 2**30
+        fail(
+            f"no memory for a rollout of {longest} steps x {num_envs} environments ({size:,.1f} GiB); make one of them smaller"
+        )
+
     # Environments, in groups (pools) of which one is emulated while the network acts for another
     num_pools = args.env_pools or (2 if device.type == "cuda" and num_envs % 2 == 0 else 1)
     seeds = env_seeds(args.seed, args.num_envs, start=checkpoint["global_step"] if checkpoint else 0)
@@ -1128,13 +1152,6 @@ if __name__ == "__main__":
     rng = torch.Generator(device).manual_seed(rank_seed)
     reference_rng = torch.Generator(device).manual_seed(rank_seed)
 
-    # Adaptive Batch Scaling
-    length_min, length_max, length_multiple = rollout_range(args)
-    rollout_length = float(length_min)  # stays a float, or smoothing would freeze short of its target
-    divergences = deque(maxlen=args.divergence_window)
-    noise_scales = deque(maxlen=args.divergence_window)  # (noise, signal)
-    num_measurements = 0
-
     # Progress, or where the checkpoint left it
     global_step = iteration = 0
     recent_returns = deque(maxlen=100)
@@ -1149,30 +1166,13 @@ if __name__ == "__main__":
             fail(f"{run_dir} holds another network; resume it with the script that began it")
         global_step, iteration, num_measurements = (checkpoint[n] for n in ("global_step", "iteration", "num_measurements"))
         rollout_length, schedule_timesteps = checkpoint["rollout_length"], checkpoint["schedule_timesteps"]
-        for name, values in (("divergences", divergences), ("noise_scales", noise_scales), ("recent_returns", recent_returns)):
-            values.extend(checkpoint[name])
+        for name, kept in (("divergences", divergences), ("noise_scales", noise_scales), ("recent_returns", recent_returns)):
+            kept.extend(checkpoint[name])
         for generator, random_state in zip((rng, reference_rng), checkpoint["random_states"][rank], strict=True):
             try:
                 generator.set_state(random_state)
             except RuntimeError:  # another kind of device has another kind of generator
                 generator.manual_seed(rank_seed + global_step)
-
-    # Storage, allocated once for the longest rollout; shorter ones use its beginning
-    shortest, longest = (round_rollout_length(n, length_min, length_max, length_multiple) for n in (length_min, length_max))
-    try:
-        obs = torch.zeros((longest + 1, num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
-        actions = torch.zeros((longest, num_envs), dtype=torch.int64, device=device)
-        log_probs = torch.zeros((longest + 1, num_envs), device=device)
-        values = torch.zeros((longest + 1, num_envs), device=device)
-        rewards = torch.zeros((longest, num_envs))
-        terminations = torch.zeros((longest, num_envs), dtype=torch.bool)
-        dones = torch.zeros((longest, num_envs), dtype=torch.bool)
-        is_transition = torch.zeros((longest, num_envs), dtype=torch.bool)
-    except RuntimeError:
-        size = (longest + 1) * num_envs * 4 * 84 * 84 / 2**30
-        fail(
-            f"no memory for a rollout of {longest} steps x {num_envs} environments ({size:,.1f} GiB); make one of them smaller"
-        )
 
     # Run folder and logs
     run_dir = run_dir or (make_run_dir(args) if rank == 0 else None)
