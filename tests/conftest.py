@@ -37,6 +37,11 @@ def run_script(script, *arguments, cwd, timeout=600, python_options=()):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
+def pytest_collection_modifyitems(items):
+    """The files that take longest begin, or one of them would run last and alone."""
+    items.sort(key=lambda item: item.path.stem not in ("test_run", "test_long_runs", "test_learning"))
+
+
 @pytest.fixture
 def run_here(tmp_path, monkeypatch, capsys):
     """Runs a script inside this process, in an empty folder: spares seconds of imports where it ends early anyway."""
