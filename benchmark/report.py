@@ -17,12 +17,14 @@ the settings of adaptation where the rollout is fixed. Definitions:
 
 * Score: mean of the final evaluation (eval.json). HNS: its human-normalised score, 0 for a random player, 1 for a human.
 * Aggregates (Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", arXiv 2108.13264) are
-  rliable's: IQM, the mean of the middle half of all HNS of a variant; mean and median over games of the mean over seeds;
-  optimality gap, the mean shortfall from HNS 1. They are taken over the games that all variants share, with as many seeds
-  (the lowest) as every one of these games has. Variants with less than half as many games as another are left out.
+  rliable's: IQM, the mean of the middle half of all HNS of a variant (of all, where there are three or fewer); mean and median
+  over games of the mean over seeds; optimality gap, the mean shortfall from HNS 1. They are taken over the games that all
+  variants share, with as many seeds (the lowest) as every one of these games has. Variants with at most half as many games as
+  another are left out.
 * Comparisons of two variants are taken over the games that these two share, with as many seeds as every one of these games
   has; improvement.csv and its figures, game by game, with all seeds.
-* Intervals: 95 % stratified bootstrap (percentile) over seeds, for which at least two seeds are needed.
+* Intervals: 95 % stratified bootstrap (percentile) over seeds, for which at least two seeds are needed. They are about these
+  games, not about others.
 * Probability of improvement of A over B: mean over their common games of the probability that a run of A scores higher than
   a run of B (ties count half).
 * Improvement of A over B in a game: 100 * (HNS of A - HNS of B) / max(1, HNS of B) percent, the measure of Wang et al.,
@@ -30,9 +32,11 @@ the settings of adaptation where the rollout is fixed. Definitions:
 * Predicted Atari-57 median (Aitchison et al., "Atari-5", arXiv 2210.02019) from the ten games of Atari-10 with weights w:
   10^(sum of w * log10(1 + max(0, x))) - 1, x being the mean HNS of a game in percent.
 * Curves: mean of what was logged in the trailing --window of training; a return belongs to the step at which its game ended.
+  No line is drawn where no game of a run ended for more than 5 % of training.
 """
 
 import argparse
+import ast
 import contextlib
 import json
 import re
@@ -88,6 +92,7 @@ YLABELS = {
     "b_simple": "noise scale, samples",
 }
 FEW_SEEDS = 5
+LONGEST_GAP = 0.05  # of training, without an ended game, that a curve of returns is drawn across
 ATARI57 = pd.read_csv(Path(__file__).parent / "atari57_scores.csv", index_col="env_id")
 ATARI10 = ATARI57["atari10_weight"].dropna()
 
@@ -227,15 +232,27 @@ def short_label(script, args):
     return f"{name} {args['rollout_length_min']}-{args['rollout_length_max']}"
 
 
+def defaults_of(script):
+    """The defaults of a script's settings, read from its source; none where that does not stand above this folder."""
+    path = Path(__file__).resolve().parent.parent / script
+    tree = ast.parse(path.read_text() if path.is_file() else "")
+    fields = [n for c in tree.body if isinstance(c, ast.ClassDef) and c.name == "Args" for n in c.body]
+    return {n.target.id: n.value.value for n in fields if isinstance(n, ast.AnnAssign) and isinstance(n.value, ast.Constant)}
+
+
 def name_variants(scripts, all_args):
-    """The variant of each run: its short label, and what differs from most runs of that label."""
+    """The variant of each run: its short label, and what differs from the usual among the runs of that label, which is the
+    default where any of them has it, else what most have."""
+    defaults = {script: defaults_of(script) for script in set(scripts)}
     labels = [short_label(script, args) for script, args in zip(scripts, all_args, strict=True)]
     settings = [settings_of(args) for args in all_args]
     names = []
-    for label, own in zip(labels, settings, strict=True):
+    for label, own, script in zip(labels, settings, scripts, strict=True):
         alike = [s for other, s in zip(labels, settings, strict=True) if other == label]
         keys = sorted({k for s in alike for k in s})
         usual = {k: Counter(s.get(k, "unset") for s in alike).most_common(1)[0][0] for k in keys}
+        shared = [k for k in keys if all(k in s for s in alike)]
+        usual |= {k: defaults[script][k] for k in shared if defaults[script].get(k) in [s[k] for s in alike]}
         values = [(k, own.get(k, "unset")) for k in keys if own.get(k, "unset") != usual[k]]
         names.append(", ".join([label] + [f"{k} {v:,}" if type(v) is int else f"{k} {v}" for k, v in values]))
     return names
@@ -350,11 +367,11 @@ def aggregates(scored, variants, reps):
     rows, notes = [], []
     games = {v: set(scored.loc[scored["variant"] == v, "env_id"]) for v in variants}
     most = max((len(g) for g in games.values()), default=0)
-    compared = [v for v in games if games[v] and len(games[v]) >= most / 2]
+    compared = [v for v in games if len(games[v]) > most / 2]
     common = sorted(set.intersection(*(games[v] for v in compared))) if compared else []
     few = [f"{v} ({len(games[v])})" for v in games if games[v] and v not in compared]
     if few:
-        notes.append(f"Left out of the aggregates, with less than half of the {most} games of another: {'; '.join(few)}.")
+        notes.append(f"Left out of the aggregates, with at most half of the {most} games of another: {'; '.join(few)}.")
     left_out = sorted(set().union(*(games[v] for v in compared)) - set(common)) if compared else []
     if left_out:
         names = ", ".join(map(game_name, left_out))
@@ -383,7 +400,8 @@ def aggregates(scored, variants, reps):
 
 def comparison_pairs(variants):
     """Pairs (A, B) that differ in nothing but what sets the rollout length: adaptive over fixed; ABS over time, GNS and ABS
-    with other settings, all with the same range; and the shortest rollout, fixed, over other fixed ones."""
+    with other settings, all with the same range; and the shortest rollout, fixed, over other fixed ones. Besides, bfloat16
+    over float32 where nothing else differs."""
 
     def rest(v):
         script = "pqn_abs_atari.py" if v["script"] == "gns_batch_atari.py" else v["script"]
@@ -393,7 +411,14 @@ def comparison_pairs(variants):
     def bounds(v):
         return v["args"]["rollout_length_min"], v["args"]["rollout_length_max"]
 
-    for a, b in ((a, b) for b in variants for a in variants if a != b and rest(variants[a]) == rest(variants[b])):
+    def but_precision(v):
+        return v["script"], settings_of(v["args"]) | {"precision": ""}
+
+    for a, b in ((a, b) for b in variants for a in variants if a != b):
+        if but_precision(variants[a]) == but_precision(variants[b]) and variants[a]["args"]["precision"] == "bfloat16":
+            yield a, b
+        if rest(variants[a]) != rest(variants[b]):
+            continue
         signals = signal_of(variants[a]["args"]), signal_of(variants[b]["args"])
         if signals[0] == signals[1] == "fixed":
             adaptive = [v for v in variants.values() if rest(v) == rest(variants[a]) and v["args"]["adapt_rollout"]]
@@ -505,7 +530,13 @@ def seed_curves(curves, runs, column):
     own = curves[curves["run"].isin(runs["run"])] if column in curves else curves.iloc[:0].assign(**{column: np.nan})
     table = own.replace([np.inf, -np.inf], np.nan).pivot(index="step", columns="run", values=column).dropna(axis=1, how="all")
     ended = table.columns.isin(runs.loc[runs["state"].isin(["finished", "not evaluated"]), "run"])
-    return table.loc[:, ended].dropna(how="all"), table.loc[:, ~ended]
+    return table.loc[:, ended], table.loc[:, ~ended]
+
+
+def gap_sizes(values):
+    """For each value of a series the number of consecutive missing ones to which it belongs, 0 where it is there."""
+    missing = values.isna()
+    return missing.groupby((~missing).cumsum()).transform("sum").where(missing, 0)
 
 
 def draw_curve(axis, curves, runs, column, reps, style):
@@ -514,7 +545,10 @@ def draw_curve(axis, curves, runs, column, reps, style):
     ended, running = seed_curves(curves, runs, column)
     if len(ended.columns):
         # No mean over some of the seeds: it would jump where another one joins or leaves
-        values = ended.interpolate(method="index", limit_area="inside").to_numpy().T[:, None]
+        values = ended.interpolate(method="index", limit_area="inside")
+        if column == "episodic_return":
+            values = values[ended.apply(gap_sizes) <= LONGEST_GAP * len(ended)]
+        values = values.to_numpy().T[:, None]
         mean, low, high = estimate(values, lambda x: np.mean(x, axis=(0, 1)), min(reps, 300))
         millions = ended.index / 1e6
         axis.plot(millions, mean, markevery=0.2, **style)
@@ -763,19 +797,25 @@ def find_warnings(runs, finished, scored, variants):
                 text += f"; the rarer ones in {', '.join(f'{v} ({runs_word(n)})' for v, n in mixed.items())}"
                 named = ", ".join(rare["run"][:5]) + (f" and {len(rare) - 5} more" if len(rare) > 5 else "")
                 lines.append(f"Mixed versions: runs of {script} have {column} {text}: {named}.")
+    diverged = counting[counting["state"] == "diverged"]
+    if len(diverged):
+        names = "; ".join(f"{v} ({runs_word(n)})" for v, n in diverged["variant"].value_counts().items())
+        lines.append(f"Diverged and without a score, so that the scores are those of the runs that did not: {names}.")
     unknown = counting[counting["source"] == "unknown"]
     if len(unknown):
         lines.append(
             f"Unknown version: {len(unknown)} of {len(counting)} runs have no versions.json; their script is the exp_name."
         )
-    for _, own in finished.groupby("script", sort=False):
+    compared_scripts = finished["script"].replace("gns_batch_atari.py", "pqn_abs_atari.py")  # as comparison_pairs does
+    for _, own in finished.groupby(compared_scripts, sort=False):
         for column in ("eval_policy", "eval_episodes"):
             if own[column].nunique() > 1:
                 values = own[column].value_counts()
                 text = ", ".join(
                     f"{value if isinstance(value, str) else int(value)} ({runs_word(n)})" for value, n in values.items()
                 )
-                lines.append(f"Evaluated differently: {own['script'].iloc[0]} has {column} {text}.")
+                scripts = " and ".join(own["script"].unique())
+                lines.append(f"Evaluated differently: {scripts} have {column} {text}.")
     alike = finished[2 * finished["distinct_games"] < finished["eval_episodes"]]
     if len(alike):
         low, high = (f"{n:.0f}" for n in (alike["distinct_games"].min(), alike["distinct_games"].max()))
@@ -858,6 +898,8 @@ def write_report(folder, runs, variants, tables, figures, notes, reps, window):
         header = ["A", "B", "seeds", "games", "probability of improvement", "mean difference in HNS", "mean improvement, %"]
         text = f"A over B, over the games they share; {interval}. Improvement in percent divides by the HNS of B where that "
         lines += [text + "exceeds 1, game by game, so it can differ from the mean difference even in sign.", ""]
+        if (compared["probability_of_improvement_low"] == compared["probability_of_improvement_high"]).any():
+            lines += ["A probability of 0 or 1 has an interval without width: the bootstrap cannot see beyond its seeds.", ""]
         lines += [markdown(header, rows), ""]
     else:
         lines += ["None: no two comparable variants have finished runs of one game.", ""]

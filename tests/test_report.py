@@ -263,6 +263,11 @@ def test_names_of_variants():
         (pqn, {}), (pqn, {"seed": 2}), (pqn, {"scale_epochs": True, "num_steps": 32}), (pqn, {"learning_rate": 0.1})
     )
     assert names[:2] == ["PQN ABS 16-64"] * 2 and "scale_epochs True" in names[2] and names[3].endswith("learning_rate 0.1")
+    # however many runs have other settings, the plain name is that of the default
+    names = labels((pqn, {}), *[(pqn, {"divergence_window": 1, "seed": seed}) for seed in (1, 2, 3)])
+    assert names == ["PQN ABS 16-64"] + ["PQN ABS 16-64, divergence_window 1"] * 3
+    names = labels((pqn, {"gamma": 0.9}), (pqn, {"gamma": 0.9}), (pqn, {"gamma": 0.8}))  # no run has the default
+    assert names == ["PQN ABS 16-64"] * 2 + ["PQN ABS 16-64, gamma 0.8"]
 
 
 def test_who_is_compared_with_whom():
@@ -271,6 +276,8 @@ def test_who_is_compared_with_whom():
     slow = {"learning_rate": 1e-5}
     runs = [(pqn, {}), (pqn, {}), (pqn, FIXED), (pqn, {"adapt_signal": "time"}), (pqn, {"scale_epochs": True}), (gns, {})]
     runs += [(pqn, FIXED | slow), (pqn, {"rollout_length_max": 128}), ("ppo_abs_atari.py", FIXED)]
+    runs = [(script, settings | {"precision": "bfloat16"}) for script, settings in runs]
+    runs += [(pqn, FIXED | {"precision": "float32"})]
     all_args = [dataclasses.asdict(MODULES[s].Args(**settings)) for s, settings in runs]
     variants = {
         name: {"script": script, "args": args} for name, (script, _), args in zip(labels(*runs), runs, all_args, strict=True)
@@ -281,6 +288,7 @@ def test_who_is_compared_with_whom():
     assert {("PQN ABS 16-128", fixed), ("PQN time 16-64", fixed)} <= pairs
     assert any(a == own and "scale_epochs True" in b for a, b in pairs)
     assert not any("learning_rate" in a + b or "PPO" in a + b for a, b in pairs)
+    assert [(a, b) for a, b in pairs if "float32" in a + b] == [(fixed, "PQN fixed 32, precision float32")]
 
 
 @pytest.mark.parametrize("folder", ["nothing", "missing"])
@@ -299,6 +307,45 @@ def test_a_folder_of_something_else_is_kept(tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     result = make_report(tmp_path / "runs", tmp_path / "mine", code=1)
     assert "choose another --out" in result.stderr and [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_gap_is_no_curve():
+    """Returns are drawn across a short gap without an ended game, not across a long one; short and long add up to nothing."""
+    steps = np.arange(500, 100_001, 500)
+    returns = pd.Series(np.linspace(0, 1, 200))
+    returns[[10, 11, *range(50, 90), 199]] = np.nan
+    assert report.gap_sizes(returns)[[9, 10, 11, 12, 49, 50, 89, 90, 199]].tolist() == [0, 2, 2, 0, 0, 40, 40, 0, 1]
+    curves = pd.DataFrame({"run": "a", "step": steps, "episodic_return": returns, "divergence": returns})
+    runs = pd.DataFrame({"run": ["a"], "state": ["finished"]})
+    # What is measured seldom is drawn from point to point, and nothing beyond the last one
+    for column, missing in (("episodic_return", 41), ("divergence", 1)):
+        _, axis = report.plt.subplots()
+        report.draw_curve(axis, curves, runs, column, 10, {"color": "black"})
+        drawn = axis.lines[0].get_ydata()
+        assert np.isnan(drawn).sum() == missing and np.nanmax(np.abs(drawn - np.linspace(0, 1, 200)[: len(drawn)])) < 1e-9
+
+
+def test_what_diverged_is_missed(tmp_path):
+    """A warning says whose scores are those of the surviving runs only."""
+    for seed in (1, 2):
+        make_run(tmp_path / "runs", seed=seed)
+    broken = make_run(tmp_path / "runs", seed=3, steps=BUDGET // 2)
+    with SummaryWriter(str(broken)) as writer:
+        writer.add_scalar("losses/td_loss", math.nan, BUDGET // 2)
+    make_report(tmp_path / "runs", tmp_path / "report")
+    warnings = (tmp_path / "report" / "report.md").read_text().split("## Aggregates")[0]
+    assert "those of the runs that did not: PQN ABS 16-64 (1 run)." in warnings
+
+
+def test_scripts_that_are_compared_are_evaluated_alike(tmp_path):
+    """PQN and the rival share comparisons, so an evaluation that differs between them is named."""
+    make_run(tmp_path / "runs")
+    other = make_run(tmp_path / "runs", script="gns_batch_atari.py")
+    evaluation = json.loads((other / "eval.json").read_text())
+    (other / "eval.json").write_text(json.dumps(evaluation | {"epsilon": 0.01}))
+    make_report(tmp_path / "runs", tmp_path / "report")
+    report_text = (tmp_path / "report" / "report.md").read_text()
+    assert "* Evaluated differently: gns_batch_atari.py and pqn_abs_atari.py have eval_policy" in report_text
 
 
 def test_unequal_seeds(tmp_path):
