@@ -74,7 +74,7 @@ class Args:
     seed: int = 1
     """seed of network, exploration, minibatches and games"""
     torch_deterministic: bool = True
-    """if toggled, cuDNN uses deterministic algorithms only (a CPU run always repeats bit for bit)"""
+    """if toggled, cuDNN uses deterministic algorithms only (on the CPU a run repeats with as many threads)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the network runs; auto takes CUDA where there is one"""
     track: bool = False
@@ -154,8 +154,8 @@ class Args:
     eval_epsilon: float = 0.0
     """share of random actions in evaluation and videos"""
     eval_only: bool = False
-    """if toggled, evaluate --model and exit, on its game, with its seed, time limit and sticky actions where no flag gives
-    others; eval.json beside the model is written anew"""
+    """if toggled, evaluate --model and exit, on its game, with its precision, seed, time limit and sticky actions where no
+    flag gives others; eval.json beside the model is written anew"""
     model: str = ""
     """path of the model.pt for --eval-only"""
 
@@ -235,9 +235,9 @@ def granted_cores():
 
 
 def env_seeds(seed, num_envs, evaluation=False, start=0):
-    """One emulator seed per game, (num_envs,). Training seeds are even and evaluation seeds odd, so the two never meet;
-    hashing keeps runs with neighbouring seeds apart (EnvPool's own rule, seed + i, shares all but one game), and a run that
-    is resumed at agent step `start` from the games it began with."""
+    """One emulator seed per game, (num_envs,). Training seeds are even and evaluation seeds odd, so the two never meet.
+    Hashing keeps runs with neighbouring seeds apart, where EnvPool's own rule, seed + i, shares all but one game. `start`, the
+    agent step at which a run is resumed, gives it other games than it began with."""
     entropy = [seed, evaluation, start] if start else [seed, evaluation]
     return [int(s) // 4 * 2 + evaluation for s in np.random.SeedSequence(entropy).generate_state(num_envs)]
 
@@ -426,7 +426,8 @@ LOSSES = ("td_loss", "q_values", "grad_norm")
 
 
 def compute_gradient(network, observations, actions, returns, weights, microbatch_size):
-    """Gradient of a minibatch's loss, the weighted mean squared error of Q(s, a): n samples, weights (n,) summing to 1.
+    """Gradient of a minibatch's loss, the weighted mean squared error of Q(s, a): n samples, weights (n,) summing to 1,
+    or to 0 where all are reset steps.
 
     No layer mixes samples, so it may run in microbatches whose gradients add up. Where several processes train together, the
     gradient is the mean of theirs. Returns (2,): loss and mean Q.
@@ -445,7 +446,7 @@ def compute_gradient(network, observations, actions, returns, weights, microbatc
 
 
 def update(network, optimizer, *minibatch, max_grad_norm, microbatch_size):
-    """One gradient step on a minibatch, as compute_gradient takes it. Returns what it returns and the gradient's norm."""
+    """One gradient step on a minibatch, as compute_gradient takes it. Returns its logs and the unclipped gradient norm."""
     logs = compute_gradient(network, *minibatch, microbatch_size)
     grad_norm = nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
     optimizer.step()
@@ -453,6 +454,7 @@ def update(network, optimizer, *minibatch, max_grad_norm, microbatch_size):
 
 
 def linear_schedule(start, end, duration, t):
+    """From start at t = 0 to end at t = duration and after, both in agent steps."""
     return end if t >= duration else start + (end - start) * t / duration
 
 
@@ -566,17 +568,17 @@ def load_model(path, device):
 
 
 def make_run_dir(args):
-    """Makes runs/<game>__<experiment>__<seed>__<time>, a second later if a run that began in this one has taken the name."""
+    """Makes runs/<game>__<experiment>__<seed>__<time>; where another run has the name, it waits for the next second."""
     while True:
         run_dir = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         try:
             run_dir.mkdir(parents=True)
             claim(run_dir)
             return run_dir
-        except FileExistsError:
-            time.sleep(1)
         except OSError as e:
-            fail(f"cannot make the run folder {run_dir}: {e.strerror}; start where runs/ is a folder you may write to")
+            if not os.path.exists(run_dir):
+                fail(f"cannot make the run folder {run_dir}: {e.strerror}; start where runs/ is a folder you may write to")
+            time.sleep(1)
 
 
 def keep_source(run_dir, device):
@@ -755,7 +757,7 @@ def check_args(args):
         fail(f"--eval-only writes eval.json beside the model, but {Path(args.model).parent} is read-only; copy the model")
     if args.num_minibatches < 2:
         fail(f"the noise scale compares minibatches; use --num-minibatches 2 or more, not {args.num_minibatches}")
-    if args.track and importlib.util.find_spec("wandb") is None:
+    if args.track and getattr(importlib.util.find_spec("wandb"), "loader", None) is None:  # a folder wandb/ has no loader
         fail("--track needs Weights & Biases, which is not installed; run `pip install wandb` or leave --track out")
 
 
@@ -763,7 +765,7 @@ def check_args(args):
 # Long runs: checkpoints, signals, several processes
 # ---------------------------------------------------------------------------------------------------------------------------
 
-# A run may be continued with other values of these: they say where it runs and what is done beside training.
+# A run may be continued with other values of these (eval_greedy is PPO's): where it runs and what is done beside training.
 MAY_CHANGE = set(
     "device torch_deterministic track wandb_project_name wandb_entity capture_video video_episodes eval_episodes eval_epsilon "
     "eval_greedy eval_only model checkpoint_interval resume auto_resume compile cudagraphs microbatch_size env_pools "
@@ -824,7 +826,8 @@ def claim(run_dir):
             import fcntl
 
             try:
-                fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT)  # writable, or NFS would not lock it
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
             except OSError:
@@ -886,7 +889,7 @@ def find_run(args):
 
 def catch_signals():
     """From now on the first SIGTERM or SIGINT appears in the list that is returned, for the training loop to stop at the end
-    of its iteration; with anything in the list, a signal ends the script at once."""
+    of its iteration; a signal that finds the list not empty ends the script at once."""
     received = []
 
     def handler(number, frame):
@@ -901,8 +904,7 @@ def catch_signals():
 
 
 def explain_os_error(kind, error, traceback):
-    """For sys.excepthook: what the operating system refuses, such as space on a full disk, is one line and no traceback.
-    The writer of the curves passes on what its thread met, so that the thread itself may keep silent."""
+    """For sys.excepthook: what the operating system refuses, such as space on a full disk, is one line and no traceback."""
     if not issubclass(kind, OSError):
         return sys.__excepthook__(kind, error, traceback)
     hint = "once that is mended, --resume continues a training run from its last checkpoint"
@@ -999,6 +1001,7 @@ if __name__ == "__main__":
     args, run_dir, checkpoint = find_run(parse_args())
     received_signals = catch_signals()
     sys.excepthook = explain_os_error
+    # What its thread meets, the writer of the curves raises again here
     threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else threading.__excepthook__(error)
 
     # Several processes (torchrun): each has its share of the environments, the first one logs, evaluates and saves
@@ -1030,7 +1033,8 @@ if __name__ == "__main__":
         network, trained = load_model(args.model, device)
         if args.env_id != trained.env_id and given("env_id"):
             fail(f"--model {args.model} was trained on {trained.env_id}, not on {args.env_id}; leave --env-id out")
-        for name in ("env_id", "seed", "max_episode_steps", "sticky_action_probability"):  # the games that ended its training
+        # Another precision would be another policy, other games would have another score
+        for name in ("precision", "env_id", "seed", "max_episode_steps", "sticky_action_probability"):
             if not given(name):
                 setattr(args, name, getattr(trained, name))
         received_signals.append(0)  # a signal need not wait
@@ -1109,6 +1113,10 @@ if __name__ == "__main__":
             except RuntimeError:  # another kind of device has another kind of generator
                 generator.manual_seed(rank_seed + global_step)
 
+    steps_and_minus_steps = [global_step, -global_step]  # of which the maxima are these where all processes agree
+    if reduce_numbers(steps_and_minus_steps, dist.ReduceOp.MAX) != steps_and_minus_steps:
+        fail("the processes found different checkpoints; runs/ must be one folder that all machines see")
+
     # Run folder and logs
     run_dir = run_dir or (make_run_dir(args) if rank == 0 else None)
     if world_size > 1:
@@ -1178,16 +1186,15 @@ if __name__ == "__main__":
             "finished": finished,
         }
 
-    length = 0  # of the previous rollout, whose last observation is the first of the next
     obs[0] = torch.from_numpy(np.concatenate([envs.reset() for envs in pools]))
+    iteration_start = time.perf_counter()
 
     while True:
-        previous_length, length = length, round_rollout_length(rollout_length, length_min, length_max, length_multiple)
+        length = round_rollout_length(rollout_length, length_min, length_max, length_multiple)
         batch_size = args.num_envs * length
         if global_step + batch_size > args.total_timesteps:
             break
         iteration += 1
-        iteration_start = time.perf_counter()
         learning_rate = args.learning_rate
         if args.anneal_lr:
             learning_rate *= max(0.0, 1 - global_step / schedule_timesteps)
@@ -1200,7 +1207,6 @@ if __name__ == "__main__":
             old_network.load_state_dict(network.state_dict())
 
         # Rollout: step t acts on obs[t] and receives obs[t + 1]; the last pass only takes the values to bootstrap from
-        obs[0] = obs[previous_length]
         steps = [global_step + args.num_envs * (t + 1) for t in range(length)]
         decay_steps = args.exploration_fraction * schedule_timesteps
         epsilons = torch.tensor([linear_schedule(args.start_e, args.end_e, decay_steps, step) for step in steps])
@@ -1223,8 +1229,8 @@ if __name__ == "__main__":
                         recent_returns.append(episodic_return)
                         writer.add_scalar("charts/episodic_return", episodic_return, steps[t - 1])
                         writer.add_scalar("charts/episodic_length", episodic_length, steps[t - 1])
-                last = min(t, length - 1)  # there is no action after the last observation, only its value
-                action, values[t, group] = act_step(obs[t, group], explore[last, group], random_actions[last, group])
+                draw = min(t, length - 1)  # after the last observation there is no action, only its value
+                action, values[t, group] = act_step(obs[t, group], explore[draw, group], random_actions[draw, group])
                 if t < length:
                     actions[t, group] = action
                     envs.send(action.cpu().numpy())
@@ -1251,15 +1257,15 @@ if __name__ == "__main__":
         # The gradient noise scale needs the gradients of an epoch's minibatches at unchanged parameters
         if measure:
             start, gradients = time.perf_counter(), []
-            noise_rng = torch.Generator(device).manual_seed(rank_seed + iteration)  # its own, or logging would change the run
+            noise_rng = torch.Generator(device).manual_seed(rank_seed + iteration)  # its own, so that measuring changes no run
             for inds in torch.randperm(length * num_envs, generator=noise_rng, device=device).split(minibatch_size):
                 mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
                 gradient_step(*(x.index_select(0, inds) for x in batch), mb_weights)
                 gradients.append(nn.utils.parameters_to_vector(p.grad for p in network.parameters()))
             transitions = reduce_numbers([float(b_weights.sum())])[0] * world_size
             noise_scales.append(gradient_noise_scale(gradients, transitions / args.num_minibatches))
-            noise, signal = np.mean(noise_scales, axis=0)
-            b_simple = noise / signal if signal > 0 else math.inf  # a ratio of means, not a mean of ratios
+            mean_noise, mean_signal = np.mean(noise_scales, axis=0)
+            b_simple = mean_noise / mean_signal if mean_signal > 0 else math.inf  # a ratio of means, not a mean of ratios
             writer.add_scalar("gns/noise", noise_scales[-1][0], global_step)
             writer.add_scalar("gns/signal", noise_scales[-1][1], global_step)
             writer.add_scalar("gns/b_simple", b_simple, global_step)
@@ -1291,18 +1297,20 @@ if __name__ == "__main__":
             if args.adapt_signal == "time":
                 target = length_min + (length_max - length_min) * min(1, global_step / schedule_timesteps)
             elif num_measurements >= args.noise_scale_warmup:
-                target = noise_scale_rollout_length(noise, signal, args.num_envs, length_min, length_max)
+                target = noise_scale_rollout_length(mean_noise, mean_signal, args.num_envs, length_min, length_max)
             rollout_length = (1 - args.rollout_smoothing) * rollout_length + args.rollout_smoothing * target
             writer.add_scalar("abs/divergence", divergences[-1], global_step)
             writer.add_scalar("abs/divergence_mean", mean_divergence, global_step)
             writer.add_scalar("time/divergence", time.perf_counter() - start, global_step)
 
+        obs[0] = obs[length]  # the next rollout begins where this one ended
         writer.add_scalar("abs/rollout_length", length, global_step)
         writer.add_scalar("abs/batch_size", batch_size, global_step)
-        writer.add_scalar("abs/minibatch_size", minibatch_size, global_step)
+        writer.add_scalar("abs/minibatch_size", batch_size // args.num_minibatches, global_step)
         writer.add_scalar("charts/epsilon", float(epsilons[-1]), global_step)
         writer.add_scalar("charts/learning_rate", learning_rate, global_step)
-        iteration_time = time.perf_counter() - iteration_start
+        now = time.perf_counter()
+        iteration_time, iteration_start = now - iteration_start, now
         sps = batch_size / iteration_time
         writer.add_scalar("charts/SPS", sps, global_step)
         writer.add_scalar("time/emulation", emulation_time, global_step)
@@ -1351,10 +1359,12 @@ if __name__ == "__main__":
         dist.destroy_process_group()
     if rank > 0:
         sys.exit()
-    received_signals.append(0)  # from here on, a signal need not wait
     writer.flush()
     save_checkpoint(run_dir, state)
     save_model(network, args, global_step, run_dir / "model.pt")
+    if received_signals:  # it came where no iteration was left to notice it
+        signal.raise_signal(received_signals[0])
+    received_signals.append(0)  # from here on, a signal need not wait
     trained = f"trained {global_step - start_step:,} steps in {time.time() - start_time:.0f} s"
     print(f"{trained}: {run_dir / 'model.pt'}", flush=True)
     for name, value in evaluate_and_record(network, args, device, run_dir).items():

@@ -1,9 +1,12 @@
 """The command line: bad input ends in one helpful line before anything is written, every flag is documented."""
 
 import ast
+import importlib.machinery
+import importlib.util
 import json
 import math
 import re
+import time
 import tomllib
 from pathlib import Path
 
@@ -176,6 +179,21 @@ def test_bad_arguments_in_a_process_of_their_own(script, arguments, hint, tmp_pa
 
 
 @distinct_scripts
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_no_place_for_runs(script, kind, run_here, tmp_path, monkeypatch):
+    """Where runs/ cannot be a folder, one line says so; nothing waits for it to become one."""
+    if kind == "file":
+        (tmp_path / "runs").write_text("mine")
+    else:
+        (tmp_path / "runs").symlink_to("/no/such/place")
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits"))
+    result = run_here(script, "--num-envs", 4, "--total-timesteps", 10_000)
+    assert result.returncode == 2
+    is_one_helpful_line(result, "cannot make the run folder")
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+@distinct_scripts
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_where_there_is_none(script, run_here, tmp_path):
     """--device cuda says that there is none instead of training on the CPU unasked."""
@@ -186,12 +204,13 @@ def test_cuda_where_there_is_none(script, run_here, tmp_path):
 
 
 @distinct_scripts
-def test_tracking_without_wandb(script, run_here, tmp_path, monkeypatch):
-    """--track says how to install Weights & Biases where it is missing."""
-    import importlib.util
-
+@pytest.mark.parametrize(
+    "spec", [None, importlib.machinery.ModuleSpec("wandb", None, is_package=True)], ids=["none", "folder"]
+)
+def test_tracking_without_wandb(script, spec, run_here, tmp_path, monkeypatch):
+    """--track says how to install Weights & Biases where it is missing, also beside a folder wandb/ that it left once."""
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find_spec(name, *a))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: spec if name == "wandb" else find_spec(name, *a))
     result = run_here(script, "--track")
     assert result.returncode == 2
     is_one_helpful_line(result, "pip install wandb")
@@ -319,6 +338,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path):
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert json.loads((run_dir / "args.json").read_text())["learning_rate"] == 1e30
     assert sorted(p.name for p in run_dir.iterdir() if not p.name.startswith("events.")) == [
+        ".lock",
         "args.json",
         script,
         "versions.json",

@@ -116,7 +116,7 @@ def test_sigterm_saves_and_says_how_to_go_on(stopped):
     assert f"step {step:,};" in last and curves(run_dir)["abs/batch_size"][-1][0] == step
     assert len(checkpoints(run_dir)) == 2
     names = sorted(p.name for p in run_dir.iterdir() if not p.name.startswith("events."))
-    assert names == sorted(["args.json", *(p.name for p in checkpoints(run_dir)), script, "versions.json"])
+    assert names == sorted([".lock", "args.json", *(p.name for p in checkpoints(run_dir)), script, "versions.json"])
 
 
 def test_resume_continues_to_the_end(copy, tmp_path):
@@ -374,6 +374,26 @@ def test_sigint_and_impatience(stopped, tmp_path):
 
 
 @pqn_only
+def test_a_signal_before_the_evaluation(stopped, tmp_path):
+    """A run of which only the evaluation is left stops at a signal too, though no iteration is left to notice it."""
+    script = stopped[0]
+    process = start(script, *SIZE, 200, "--eval-episodes", 100, cwd=tmp_path)
+    wait_for(lambda: list(tmp_path.glob("runs/*/model.pt")), process)
+    process.kill()
+    process.communicate()
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert not (run_dir / "eval.json").exists()
+    process = start(script, "--resume", run_dir, "--eval-episodes", 2, cwd=tmp_path)
+    for line in process.stdout:
+        if " parameters, " in line:  # the first line, long after the script began to catch signals
+            break
+    process.terminate()
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and not errors and "stopped at once; --resume" in output
+    assert not (run_dir / "eval.json").exists() and load(checkpoints(run_dir)[-1])["finished"] is False
+
+
+@pqn_only
 def test_a_checkpoint_that_cannot_be_written(stopped, tmp_path):
     """A full disk costs the checkpoint, not the run: a warning, and training goes on."""
     script = stopped[0]
@@ -429,10 +449,37 @@ def test_two_processes_stay_one_policy(script, tmp_path):
     for one, other in zip(first["random_states"], second["random_states"], strict=True):
         assert not torch.equal(one, other)
     (run_dir,) = tmp_path.glob("runs/*")
-    assert_curves_are_whole(run_dir)
+    scalars = assert_curves_are_whole(run_dir)
+    assert [2 * m for _, m in scalars["abs/minibatch_size"]] == [b for _, b in scalars["abs/batch_size"]]  # of both together
     assert same(load(run_dir / "model.pt")["weights"], first["weights"])
     assert len(load(checkpoints(run_dir)[-1])["random_states"]) == 2
     assert output.count("trained") == 1 and "2 processes" in output
+
+
+SECOND_ELSEWHERE = """
+import os, runpy, sys
+if os.environ["RANK"] == "1":
+    os.makedirs("elsewhere", exist_ok=True)
+    os.chdir("elsewhere")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pqn_only
+def test_processes_that_see_other_folders(stopped, tmp_path):
+    """Where one process finds a checkpoint and another none, the run does not go on with two policies."""
+    (tmp_path / "elsewhere.py").write_text(SECOND_ELSEWHERE)
+    command = (*TORCHRUN, str(tmp_path / "elsewhere.py"))
+    arguments = (*SIZE, 10**6, "--checkpoint-interval", 100, "--auto-resume")
+    process = start(PQN, *arguments, cwd=tmp_path, command=command)
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint_*.pt")), process)
+    process.terminate()
+    process.communicate(timeout=60)
+    process = start(PQN, *arguments, cwd=tmp_path, command=command)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "error: the processes found different checkpoints; runs/ must be" in errors
+    assert len(list(tmp_path.glob("runs/*"))) == 1 and not list(tmp_path.glob("elsewhere/runs/*"))
 
 
 def test_a_lost_process_ends_the_others(tmp_path):

@@ -92,7 +92,9 @@ def test_files(script, start):
     run = start(*STEPS)
     names = sorted(p.name for p in run.dir.iterdir() if not p.name.startswith("events."))
     last = run.scalars["abs/batch_size"][-1][0]
-    assert names == sorted(["args.json", f"checkpoint_{last:012d}.pt", "eval.json", "model.pt", script, "versions.json"])
+    assert names == sorted(
+        [".lock", "args.json", f"checkpoint_{last:012d}.pt", "eval.json", "model.pt", script, "versions.json"]
+    )
     (versions,) = json.loads((run.dir / "versions.json").read_text())
     source = (run.dir / script).read_bytes()
     assert source == (ROOT / script).read_bytes() and hashlib.sha256(source).hexdigest().startswith(versions["source"])
@@ -276,6 +278,24 @@ def test_speed_options_change_nothing_but_speed(script, start):
     for name in (*LOSSES[script][:3], "losses/grad_norm"):
         assert plain.values(name) == pytest.approx(fast.values(name), rel=1e-2, abs=1e-4)
     assert plain.scalars["abs/batch_size"] == fast.scalars["abs/batch_size"]
+
+
+@pytest.mark.parametrize("script", DISTINCT)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_eval_only_computes_as_the_training_did(script, precision, run_here, tmp_path, monkeypatch):
+    """On hardware that would choose otherwise, too; a flag still decides."""
+    module = MODULES[script]
+    args = module.Args(env_id="Pong-v5", precision=precision)
+    network = next(vars(module)[name] for name in ("QNetwork", "Agent") if hasattr(module, name))(6)
+    module.save_model(network, args, 0, tmp_path / "model.pt")
+    used = []
+    autocast = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda *arguments: used.append(arguments[1]) or autocast(*arguments))
+    command = "--eval-only", "--model", tmp_path / "model.pt", "--eval-episodes", 1, "--max-episode-steps", 20
+    assert run_here(script, *command).returncode == 0
+    assert used == [torch.bfloat16] * (precision == "bfloat16")
+    assert run_here(script, *command, "--precision", "float32").returncode == 0
+    assert used == [torch.bfloat16] * (precision == "bfloat16")
 
 
 @but_for_gns
