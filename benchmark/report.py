@@ -38,6 +38,7 @@ the settings of adaptation where the rollout is fixed. Definitions:
 import argparse
 import ast
 import contextlib
+import hashlib
 import json
 import re
 import shutil
@@ -158,6 +159,8 @@ def read_run(folder, window=0.02, points=200):
         return row | {"note": "the event files hold no training step"}, None, None
 
     versions, error = read_json(folder / "versions.json")
+    if not error and not (isinstance(versions, list) and all(isinstance(v, dict) for v in versions)):
+        versions, error = None, "versions.json is damaged"
     names = "script", "source", "python", "torch", "envpool", "processor"
     # A run that was continued by something else has several entries
     row |= {name: " then ".join(dict.fromkeys(v.get(name, "unknown") for v in versions or [{}])) for name in names}
@@ -480,7 +483,9 @@ def game_name(env_id):
 
 
 def file_name(*words):
-    return re.sub(r"[^a-z0-9]+", "_", " ".join(words).lower()).strip("_")
+    """Of at most 120 characters: long ones are cut, and the hash of the whole keeps them apart."""
+    name = re.sub(r"[^a-z0-9]+", "_", " ".join(words).lower()).strip("_")
+    return name if len(name) <= 120 else f"{name[:111]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def runs_word(n):

@@ -106,10 +106,9 @@ def main():
     lengths = all(n in ("max", "moving") or (n.isdigit() and int(n) > 0) for n in args.lengths)
     if args.rounds < 1 or not lengths:
         sys.exit('error: --rounds must be 1 or more, and --lengths numbers of steps, "max" or "moving"')
-    if args.steps < 4 * 8192:
-        sys.exit(
-            f"error: --steps {args.steps} is too few for a window of 8,192 steps after the first quarter; use 32768 or more"
-        )
+    needed = max(4 * 8192, *(2 * 128 * int(n) for n in args.lengths if n.isdigit()), 0)
+    if args.steps < needed:
+        sys.exit(f"error: --steps {args.steps} is too few for a window of two rollouts; use {needed} or more")
     if args.env_id not in envpool.list_all_envs():
         sys.exit(f"error: --env-id {args.env_id} is unknown; use one of EnvPool's, such as Breakout-v5")
     for path in [ROOT / script for script in args.scripts] + [args.peer] * bool(args.peer):

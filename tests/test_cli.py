@@ -74,7 +74,7 @@ BAD_ARGUMENTS = [
     ("--num-envs 1000000000", "65536 or less"),
     ("--rollout-length-max 1000000000", "65536 or less"),
     ("--no-adapt-rollout --num-steps 1000000000", "65536 or less"),
-    ("--rollout-length-max 65536 --num-envs 256", "no memory"),
+    ("--rollout-length-max 65536 --num-envs 65536", "no memory"),
     ("--max-episode-steps 9999999999999", "10000000 or less"),
     ("--torch-threads 100000", "1024 or less"),
     ("--env-threads 100000", "1024 or less"),

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import ale_py
 import cv2
@@ -444,3 +445,50 @@ def test_args_default_to_the_published_environment(script):
         False,
         27000,
     )
+
+
+class Uneven:
+    """Behind EnvPool's interface, games of 1, 2, 3, ... steps, one length and score per environment."""
+
+    def __init__(self, num_envs):
+        self.action_space, self.length, self.step = SimpleNamespace(n=4), np.arange(1, num_envs + 1), np.zeros(num_envs, int)
+
+    def reset(self):
+        return np.zeros((len(self.step), 4, 84, 84), dtype=np.uint8), {}
+
+    def send(self, actions, env_ids):
+        self.env_ids = env_ids
+
+    def recv(self):
+        ids = self.env_ids
+        self.step[ids] = np.where(self.step[ids] == self.length[ids], 0, self.step[ids] + 1)
+        over, none = self.step[ids] == self.length[ids], np.zeros(len(ids), dtype=bool)
+        info = {"env_id": ids, "terminated": over, "reward": 10.0 * ids * over, "elapsed_step": self.step[ids]}
+        return np.zeros((len(ids), 4, 84, 84), dtype=np.uint8), np.zeros(len(ids), np.float32), over, none, info
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("script", [MODULES["pqn_abs_atari.py"], MODULES["ppo_abs_atari.py"]], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("episodes", [6, 131])
+def test_long_games_count_as_much_as_short_ones(script, episodes, monkeypatch):
+    """Every environment plays its share, the long games too; seeds are those of evaluation, limit and stickiness arrive."""
+    asked = []
+    monkeypatch.setattr(envpool, "make", lambda *a, **options: asked.append(options) or Uneven(options["num_envs"]))
+    network = Mostly(0.4, 0.2, 0.2, 0.2) if hasattr(script, "Agent") else Always(4, 1)
+    result = script.evaluate(network, "Pong-v5", episodes, 0.0, 5, CPU, 1, 500, 0.25)
+    numbers = [*range(min(episodes, 128)), *range(max(0, episodes - 128))]
+    assert sorted(zip(result["returns"], result["lengths"], strict=True)) == sorted((10.0 * i, i + 1) for i in numbers)
+    (options,) = asked
+    assert options["env_seed"] == script.env_seeds(5, min(episodes, 128), evaluation=True)
+    assert (options["max_episode_steps"], options["repeat_action_probability"]) == (500, 0.25)
+    assert (options["episodic_life"], options["reward_clip"]) == (False, True)
+
+
+@scripts
+def test_sticky_actions_stick(script):
+    first, second = (script.AtariEnvs("Breakout-v5", script.env_seeds(1, 2), 1, sticky_action_probability=p) for p in (0, 0.9))
+    (first.reset() == second.reset()).all()
+    rng = np.random.default_rng(0)
+    assert any((step(first, a)[0] != step(second, a)[0]).any() for a in rng.integers(4, size=(30, 2)))

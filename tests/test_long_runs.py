@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import DISTINCT, ROOT, run_script
+from conftest import DISTINCT, MODULES, ROOT, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_learning import EXPLORATION, LAMPS
 
@@ -139,7 +140,8 @@ def test_resume_continues_to_the_end(copy, tmp_path):
 def test_nothing_but_the_games_differs(copy, tmp_path):
     """A run resumed with no step left to do saves again what it loaded: weights, optimizer, counters, window."""
     script, run_dir = copy
-    old = load(checkpoints(run_dir)[-1])
+    old = load(checkpoints(run_dir)[-1]) | {"rollout_length": 7.3, "recent_returns": [1.5, -2.0]}
+    torch.save(old, checkpoints(run_dir)[-1])  # so early in a run the length is still the shortest
     args = json.loads((run_dir / "args.json").read_text())
     (run_dir / "args.json").write_text(json.dumps(args | {"total_timesteps": old["global_step"] + 1}))
     result = run_script(script, "--resume", run_dir, cwd=tmp_path)
@@ -150,7 +152,7 @@ def test_nothing_but_the_games_differs(copy, tmp_path):
     for content in (old, new):
         content["optimizer"]["param_groups"][0].pop("lr")  # it follows from the arguments and the step
     assert same(old, new) and old["num_measurements"] > 2 and old["optimizer"]["state"]
-    assert old["iteration"] > 4 and isinstance(old["rollout_length"], float) and len(old["random_states"]) == 1
+    assert old["iteration"] > 4 and old["divergences"] and len(old["random_states"]) == 1
 
 
 @pqn_only
@@ -362,7 +364,7 @@ def test_sigint_and_impatience(stopped, tmp_path):
         script, tmp_path, *SIZE, 2400, "--checkpoint-interval", 100, number=signal.SIGINT
     )
     assert code == 130 and not errors and "--resume runs/" in output.splitlines()[-1]
-    resume = ("--resume", run_dir, "--checkpoint-interval", 0, "--eval-episodes", 100, "--max-episode-steps", 200)
+    resume = ("--resume", run_dir, "--checkpoint-interval", 0, "--eval-episodes", 1_000_000, "--max-episode-steps", 200)
     process = start(script, *resume, cwd=tmp_path)
     wait_for(lambda: (run_dir / "model.pt").exists(), process)
     process.terminate()
@@ -411,7 +413,57 @@ def test_a_checkpoint_that_cannot_be_written(stopped, tmp_path):
     assert not list(run_dir.glob("checkpoint*")) and (run_dir / "eval.json").exists()
 
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29571")
+@pytest.mark.parametrize("script", [MODULES[name] for name in DISTINCT], ids=DISTINCT)
+@pytest.mark.parametrize("error", [SystemExit, OSError])
+def test_a_file_is_whole_or_the_old_one(script, error, tmp_path, monkeypatch):
+    """What is written stands complete beside the old file before it takes its place; where that fails, the old one stays."""
+    path, seen = tmp_path / "model.pt", []
+    script.write_file(path, b"old")
+
+    def dies(part, whole):
+        seen.append((Path(part).read_bytes(), Path(whole).read_bytes()))
+        raise error
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(error):
+        script.write_file(path, b"new")
+    assert seen == [(b"new", b"old")] and path.read_bytes() == b"old"
+    assert error is SystemExit or [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize("script", [MODULES[name] for name in DISTINCT], ids=DISTINCT)
+def test_averages_over_processes(script, monkeypatch):
+    """The gradient and logged numbers are means over the processes, not sums, and a maximum is one."""
+    other = torch.tensor([4.0, -2.0])
+
+    def all_reduce(x, op=torch.distributed.ReduceOp.SUM):
+        x.copy_(torch.maximum(x, other.to(x)) if op == torch.distributed.ReduceOp.MAX else x + other.to(x))
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    network = torch.nn.Linear(1, 1)
+    network.weight.grad, network.bias.grad = torch.tensor([[2.0]]), torch.tensor([6.0])
+    script.average_gradients(network)
+    assert (float(network.weight.grad), float(network.bias.grad)) == (3, 2)
+    assert script.reduce_numbers([2.0, 6.0]) == [3, 2]
+    assert script.reduce_numbers([2.0, 6.0], torch.distributed.ReduceOp.MAX) == [4, 6]
+
+
+def test_checkpoints_come_by_the_clock(run_here, monkeypatch):
+    """Without --checkpoint-interval too a run saves on the way, not at its end alone."""
+    clock, replace, saved = time.time, os.replace, []
+    monkeypatch.setattr(time, "time", lambda: 3000 * clock())
+    monkeypatch.setattr(os, "replace", lambda a, b: saved.append(Path(b).name) or replace(a, b))
+    size = (
+        "--num-envs 4 --num-steps 4 --no-adapt-rollout --total-timesteps 400 --eval-episodes 0 --torch-threads 1 --device cpu"
+    )
+    assert run_here(PQN, "--env-id", "Pong-v5", *size.split()).returncode == 0
+    assert len({name for name in saved if name.startswith("checkpoint")}) > 2
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 KEEP_PARAMETERS = """
 import os, runpy, sys, torch
 script, sys.argv = sys.argv[1], sys.argv[1:]

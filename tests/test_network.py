@@ -279,3 +279,26 @@ def test_agent_outputs(script):
             assert rounded.dtype == torch.float32
             assert 0 < (rounded - expected).norm() / expected.norm() < 0.03
             assert (rounded.bfloat16().float() != rounded).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("script", [s for s in modules_with("QNetwork") if not hasattr(s.values[0], "MultiSkipMLP")])
+def test_update_clips_the_gradients_norm(script):
+    """The step follows the gradient, scaled down to the largest norm where it is longer; logged is the norm before."""
+    torch.manual_seed(0)
+    network = script.QNetwork(3)
+    batch = (
+        torch.randint(256, (4, 4, 84, 84), dtype=torch.uint8),
+        torch.tensor([0, 1, 2, 0]),
+        torch.ones(4),
+        torch.full((4,), 0.25),
+    )
+    for max_norm in (0.01, 1e6):
+        script.compute_gradient(network, *batch, microbatch_size=4)
+        gradient = torch.nn.utils.parameters_to_vector([p.grad for p in network.parameters()]).clone()
+        before = torch.nn.utils.parameters_to_vector(network.parameters()).detach().clone()
+        optimizer = torch.optim.SGD(network.parameters(), lr=1)
+        logs = script.update(network, optimizer, *batch, max_grad_norm=max_norm, microbatch_size=4)
+        step = torch.nn.utils.parameters_to_vector(network.parameters()).detach() - before
+        norm = float(gradient.norm())
+        assert 0.01 < norm < 1e6 and float(logs[-1]) == pytest.approx(norm, rel=1e-4)
+        assert torch.allclose(step, -min(1, max_norm / norm) * gradient, atol=1e-4 * max_norm if max_norm < 1 else 1e-5)

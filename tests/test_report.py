@@ -337,6 +337,21 @@ def test_what_diverged_is_missed(tmp_path):
     assert "those of the runs that did not: PQN ABS 16-64 (1 run)." in warnings
 
 
+def test_long_names_fit_a_file_system():
+    """However many settings a variant has, its figures can be saved, and two never under one name."""
+    names = [report.file_name("improvement", "a b" * 100, "over", other) for other in ("x", "y")]
+    assert len(set(names)) == 2 and all(len(name) == 120 for name in names)
+    assert report.file_name("Return", "PQN ABS 16-64") == "return_pqn_abs_16_64"
+
+
+def test_versions_of_another_form(tmp_path):
+    """A versions.json that is no list costs the version, not the report."""
+    run = make_run(tmp_path / "runs")
+    (run / "versions.json").write_text('{"script": "pqn_abs_atari.py"}')
+    make_report(tmp_path / "runs", tmp_path / "report")
+    assert "Unknown version: 1 of 1 runs" in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_scripts_that_are_compared_are_evaluated_alike(tmp_path):
     """PQN and the rival share comparisons, so an evaluation that differs between them is named."""
     make_run(tmp_path / "runs")
@@ -461,12 +476,13 @@ def test_alike_and_cut_games_are_named(tmp_path):
     [
         ("--scripts", "none.py"),
         ("--steps", 0),
+        ("--steps", 65536, "--lengths", 16, 512),
         ("--rounds", 0),
         ("--lengths", "x"),
         ("--env-id", "No-v5"),
         ("--out", "/proc/a/b"),
     ],
-    ids=lambda options: options[0],
+    ids=lambda options: " ".join(map(str, options)),
 )
 def test_throughput_looks_before_it_measures(options):
     code, lines = tool(ROOT / "benchmark" / "throughput.py", *options)

@@ -18,7 +18,10 @@ TINY = (
     "--no-anneal-lr --torch-threads 1 --env-threads 1"
 ).split()
 MEASURING = dict.fromkeys(SCRIPTS, "--divergence-warmup 2 --divergence-window 3".split())
-MEASURING["ppo_abs_atari.py"] = MEASURING["ppo_abs_atari.py"] + "--kl-min 1e-6 --kl-max 1e-2".split()  # of so short a run
+MEASURING["pqn_abs_atari.py"] = MEASURING["pqn_abs_atari.py"] + ["--schedule", "exp"]
+MEASURING["ppo_abs_atari.py"] = (
+    MEASURING["ppo_abs_atari.py"] + "--schedule linear --kl-min 1e-6 --kl-max 1e-2".split()
+)  # of so short a run
 MEASURING["gns_batch_atari.py"] = "--noise-scale-warmup 2 --noise-scale-window 3".split()
 SCALARS = set(
     "charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate losses/grad_norm "
@@ -196,7 +199,7 @@ def test_length_follows_the_divergence(script, start):
     lengths, means = run.values("abs/rollout_length"), run.values(f"{signal}_mean")
     assert means == pytest.approx(windowed_means(run, signal), rel=1e-5, abs=1e-9)
     assert all(0 <= d <= 1 for d in run.values("abs/divergence")) and max(run.values("abs/divergence")) > 0
-    targets = [module.target_rollout_length(mean, 4, 16, *bounds) for mean in means]
+    targets = [module.target_rollout_length(mean, 4, 16, *bounds, run.args["schedule"]) for mean in means]
     assert any(4 < target < 16 for target in targets)  # not the bounds alone
     assert lengths == followed_lengths(module, run, targets, 4, 16, 2)
     assert lengths[:4] == [4] * 4 and len(set(lengths)) > 1
@@ -240,6 +243,7 @@ def test_fixed_batch(script, start):
     assert set(run.values("abs/rollout_length")) == {8}
     assert len(run.scalars["abs/divergence"]) == len(run.scalars["abs/batch_size"]) // 2
     assert len(other.scalars["abs/divergence"]) == len(other.scalars["abs/batch_size"])
+    assert all(abs(7 * d - round(7 * d)) < 1e-4 for d in other.values("abs/divergence"))
     assert all(run.values(name) == other.values(name) for name in LOSSES[script])
     assert same_weights(run, other)
 
@@ -321,7 +325,7 @@ def test_eval_only(script, start, tmp_path):
 
 
 @but_for_gns
-def test_life_loss_annealing_epochs_and_video(start):
+def test_life_loss_annealing_epochs_and_video(script, start):
     """The remaining switches, in one run: annealed learning rate, epochs that grow, life-loss episodes and videos."""
     options = (
         "--env-id Breakout-v5 --episodic-life --anneal-lr --scale-epochs --num-steps 4 --capture-video --video-episodes 1"
@@ -330,6 +334,13 @@ def test_life_loss_annealing_epochs_and_video(start):
     batches, rates = run.scalars["abs/batch_size"], run.values("charts/learning_rate")
     for (step, batch), rate in zip(batches, rates, strict=True):
         assert rate == pytest.approx(1e-4 * (1 - (step - batch) / 1000), rel=1e-5)
+    optimizer = torch.load(run.dir / f"checkpoint_{batches[-1][0]:012d}.pt", weights_only=True)["optimizer"]
+    base = MODULES[script].Args.update_epochs
+    epochs = [max(base, round(base * batch / 8 / 4)) for _, batch in batches]
+    assert {int(s["step"]) for s in optimizer["state"].values()} == {2 * sum(epochs)} and max(epochs) > base
+    (group,) = optimizer["param_groups"]
+    assert group["lr"] == pytest.approx(rates[-1], rel=1e-5) and rates[-1] < 2e-5
+    assert (group["eps"], "amsgrad" in group) == ((1e-5, True) if script == "ppo_abs_atari.py" else (1e-8, False))
     assert all(v.isfinite().all() for v in run.weights().values())
     (video,) = (run.dir / "videos").glob("*.mp4")
     assert cv2.VideoCapture(str(video)).read()[0]
