@@ -36,6 +36,17 @@ distinct() { # the words of $1, each once; $2 is the option they come from
 one_of() { # value, what it is, allowed values
     [[ " $3 " == *" $1 "* ]] || fail "unknown $2 '$1'; use one of: $3"
 }
+flags_of() { # variant, the script's longest rollout
+    case $1 in
+    fixed) echo "--no-adapt-rollout --num-steps 32" ;;
+    longest) echo "--no-adapt-rollout --num-steps $2" ;;
+    shortest) echo "--no-adapt-rollout --num-steps 16" ;;
+    max-*) echo "--rollout-length-max ${1#max-}" ;;
+    time) echo "--adapt-signal time" ;;
+    scale-epochs) echo "--scale-epochs" ;;
+    literal) echo "--divergence-window 1 --divergence-warmup 0" ;;
+    esac
+}
 
 scripts="pqn" variants="adaptive fixed longest" games="atari10" seeds="1 2 3" budget=20000000 figure="" given=""
 while [ $# -gt 0 ] && [ "$1" != "--" ]; do
@@ -86,6 +97,15 @@ for game in $games; do one_of "$game" game "$all"; done
 for script in $scripts; do one_of "$script" script "pqn l xl ppo gns"; done
 known="adaptive fixed longest shortest max-32 max-64 max-128 time scale-epochs literal"
 for variant in $variants; do one_of "$variant" variant "$known"; done
+for flag in "$@"; do # what comes last wins: such a flag would make one run of two variants
+    flag=${flag%%=*}
+    for variant in $variants; do
+        set_by_variant=" $(flags_of "$variant" 64) "
+        if [[ "${set_by_variant//--no-/--}" == *" $(sed 's/_/-/g; s/^--no-/--/' <<<"$flag") "* && $flag == --* ]]; then
+            fail "$flag is set by the variant '$variant'; leave that out of --variants, or the flag"
+        fi
+    done
+done
 whole='^(0|[1-9][0-9]{0,14})$'
 for seed in $seeds; do
     { [[ $seed =~ $whole ]] && ((seed < 2 ** 32)); } || fail "a seed is a whole number from 0 to 4294967295, not '$seed'"
@@ -110,20 +130,14 @@ for seed in $seeds; do
             gns) file=gns_batch_atari.py longest=64 ;;
             esac
             for variant in $variants; do
-                case $variant in
-                adaptive) flags="" ;;
-                fixed) flags=" --no-adapt-rollout --num-steps 32" ;;
-                longest) flags=" --no-adapt-rollout --num-steps $longest" ;;
-                shortest) flags=" --no-adapt-rollout --num-steps 16" ;;
-                max-*) flags=" --rollout-length-max ${variant#max-}" ;;
-                time) flags=" --adapt-signal time" ;;
-                scale-epochs) flags=" --scale-epochs" ;;
-                literal) flags=" --divergence-window 1 --divergence-warmup 0" ;;
-                esac
+                flags=$(flags_of "$variant" $longest)
+                if [[ $variant == max-$longest && " $variants " == *" adaptive "* ]]; then
+                    continue # the script's own default, which adaptive is already
+                fi
                 if [ $script = gns ]; then # with a fixed batch it is PQN; the other variants are the divergence's
                     case $variant in adaptive | max-*) ;; *) continue ;; esac
                 fi
-                echo "python $file --env-id $game-v5 --seed $seed$flags $common"
+                echo "python $file --env-id $game-v5 --seed $seed ${flags:+$flags }$common"
             done
         done
     done

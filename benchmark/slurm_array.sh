@@ -28,6 +28,9 @@ code=$?
 if [ -n "$at_limit" ]; then
     wait $!
     code=$?
-    [ $code -eq 143 ] && scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" # the bare id may be the whole array's
+    case "$code $command" in
+    143\ * | 1\ *torchrun*) # torchrun ends with 1 also where all its processes have saved and ended with 143
+        scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" ;; # the bare id may be the whole array's
+    esac
 fi
 exit $code

@@ -1,8 +1,11 @@
-"""benchmark/atari10.sh: the lists are complete, and every line is a command that the scripts accept."""
+"""benchmark/atari10.sh: the lists are complete, and the scripts accept every line; benchmark/slurm_array.sh runs them."""
 
 import csv
+import os
 import shlex
+import signal
 import subprocess
+import time
 from collections import Counter
 
 import pytest
@@ -92,12 +95,32 @@ def test_a_smaller_study(monkeypatch):
         assert parse(line, monkeypatch)[1].adapt_interval == interval
 
 
-def test_no_run_twice():
-    """What is asked for twice is listed once: two jobs with the same arguments would train side by side."""
+def test_no_run_twice(monkeypatch):
+    """What is asked for twice is listed once, also under two names: two jobs with equal arguments would train side by side."""
     twice = job_list(
         "--games", "Qbert Qbert-v5 atari10", "--seeds", "1 1", "--scripts", "pqn pqn", "--variants", "fixed fixed"
     )
     assert len(twice) == len(set(twice)) == 10
+    every = "max-64 max-128 adaptive max-32 fixed longest shortest time scale-epochs literal"
+    lines = job_list("--games", "Pong", "--seeds", "1", "--scripts", "pqn l xl ppo gns", "--variants", every)
+    runs = [parse(line, monkeypatch) for line in lines]
+    assert max(Counter((script, str(args)) for script, args in runs).values()) == 1
+    for script in (PQN, L, XL, PPO):  # max-64 or max-128 is the default that adaptive takes
+        assert {args.rollout_length_max for name, args in runs if name == script} == {32, 64, 128}
+        assert sum(name == script for name, _ in runs) == 9
+    assert sorted(args.rollout_length_max for name, args in runs if name == GNS) == [32, 64, 128]
+    (line,) = job_list("--games", "Pong", "--seeds", "1", "--variants", "max-64")
+    assert kind(parse(line, monkeypatch)[1]) == ("adaptive", 64)
+
+
+def test_flags_that_no_variant_sets(monkeypatch):
+    """A flag of a variant may follow after -- where that variant is not listed, and is then the same in all lines."""
+    lines = job_list(
+        "--games", "Pong", "--seeds", "1", "--variants", "adaptive", "--", "--no-adapt-rollout", "--num-steps", 48
+    )
+    assert [kind(parse(line, monkeypatch)[1]) for line in lines] == [("fixed", 48)]
+    lines = job_list("--games", "Pong", "--seeds", "1", "--", "--rollout-length-max", 48)
+    assert [kind(parse(line, monkeypatch)[1]) for line in lines] == [("adaptive", 48), ("fixed", 32), ("fixed", 64)]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +146,12 @@ def test_no_run_twice():
         (("--games", " "), "needs a value"),
         (("--", "--seed", "5"), "--seeds"),
         (("--", "--total_timesteps=99"), "--budget"),
+        (("--", "--num-steps", "16"), "'fixed'"),
+        (("--", "--no-adapt-rollout"), "'fixed'"),
+        (("--", "--adapt_rollout"), "'fixed'"),
+        (("--variants", "adaptive max-32", "--", "--rollout-length-max=64"), "'max-32'"),
+        (("--variants", "adaptive scale-epochs", "--", "--no-scale-epochs"), "'scale-epochs'"),
+        (("--variants", "literal", "--", "--divergence-window", "2"), "'literal'"),
     ],
     ids=lambda value: "_".join(value).strip("-") if isinstance(value, tuple) else "",
 )
@@ -130,3 +159,77 @@ def test_bad_options(options, help):
     """One line that says what would be right, exit code 2, and no half of a list."""
     (line,) = job_list(*options, code=2)
     assert line.startswith("error: ") and help in line
+
+
+TASK = """
+trap 'exit {after_term}' TERM
+echo $$ > pid
+mv pid ready
+while [ ! -e go ]; do sleep 0.05; done
+exit {at_end}
+"""
+
+
+@pytest.mark.parametrize(
+    "program, event, after_term, at_end, code, requeued",
+    [
+        ("bash", "limit", 143, 0, 143, True),  # saved at the time limit
+        ("bash", "limit", 1, 0, 1, False),  # could not save
+        ("torchrun", "limit", 1, 0, 1, True),  # which makes 1 of its processes' 143
+        ("torchrun", "limit", 0, 0, 0, False),  # was at its end
+        ("bash", "", 143, 0, 0, False),
+        ("bash", "", 143, 7, 7, False),
+        ("torchrun", "", 143, 1, 1, False),
+        ("bash", "cancelled", 143, 0, 143, False),
+    ],
+)
+def test_slurm_requeues_what_has_saved_at_the_limit(tmp_path, program, event, after_term, at_end, code, requeued):
+    """A task that reached its time limit and has saved comes back, under its own number; one that failed, ended or was
+    cancelled does not; the exit code is always the command's."""
+    for name, text in (("scontrol", f'echo "$@" >> {shlex.quote(str(tmp_path))}/requeued'), ("torchrun", 'exec bash "$@"')):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "task").write_text(TASK.format(after_term=after_term, at_end=at_end))
+    (tmp_path / "jobs.txt").write_text(f"false\n{program} task 'two words'\nfalse\n")
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_ARRAY_JOB_ID": "70",
+        "SLURM_ARRAY_TASK_ID": "2",
+    }
+    command = ["bash", str(ROOT / "benchmark" / "slurm_array.sh"), "jobs.txt"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "ready").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        if event == "limit":
+            process.send_signal(signal.SIGUSR1)
+        elif event == "cancelled":  # scancel sends TERM to the command itself
+            os.kill(int((tmp_path / "ready").read_text()), signal.SIGTERM)
+        else:
+            (tmp_path / "go").touch()
+        output, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code
+    assert f"{program} task 'two words'" in output
+    calls = (tmp_path / "requeued").read_text() if (tmp_path / "requeued").exists() else ""
+    assert calls == ("requeue 70_2\n" if requeued else "")
+
+
+@pytest.mark.parametrize(
+    "task, file, help", [("", "jobs.txt", "--array"), ("1", "none.txt", "none.txt"), ("9", "jobs.txt", "line 9")]
+)
+def test_slurm_without_a_job(tmp_path, task, file, help):
+    """One line and exit code 2."""
+    (tmp_path / "jobs.txt").write_text("true\n")
+    command = ["bash", str(ROOT / "benchmark" / "slurm_array.sh"), file]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"SLURM_ARRAY_TASK_ID": task}, capture_output=True, text=True, timeout=60
+    )
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and not result.stdout and line.startswith("error: ") and help in line

@@ -170,15 +170,20 @@ def test_points_beyond_the_checkpoint_are_taken_out(copy, tmp_path):
 @pqn_only
 def test_killed_at_any_moment(stopped, tmp_path):
     """kill -9 leaves a run that can be resumed from its last checkpoint."""
-    script, moment = stopped[0], random.Random(0)
-    process = start(script, *SIZE, 1000, "--checkpoint-interval", 32, cwd=tmp_path)  # saves nearly all the time
+    script, moment = stopped[0], random.SystemRandom().uniform(0, 3)
+    process = start(script, *SIZE, 1_000_000, "--checkpoint-interval", 32, cwd=tmp_path)  # saves nearly all the time
     wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint_*.pt")), process)
-    time.sleep(moment.uniform(0, 3))
+    time.sleep(moment)
+    assert process.poll() is None
     process.kill()
     process.communicate()
     (run_dir,) = tmp_path.glob("runs/*")
+    steps = max(int(path.stem.split("_")[1]) for path in checkpoints(run_dir))
+    args = json.loads((run_dir / "args.json").read_text())
+    (run_dir / "args.json").write_text(json.dumps(args | {"total_timesteps": steps + 300}))
     result = run_script(script, "--resume", run_dir, "--checkpoint-interval", 0, cwd=tmp_path)
-    assert result.returncode == 0 and not result.stderr, result.stderr
+    assert result.returncode == 0 and not result.stderr, (moment, result.stderr)
+    assert f"continuing at step {steps:,} " in result.stdout, moment
     assert_curves_are_whole(run_dir)
 
 

@@ -269,15 +269,14 @@ def test_noise_scale_is_that_of_the_rollouts_minibatches(script, record):
         gradients = sample_gradients(q_network, observations, actions[part].flatten(), returns.flatten())
         real = ~is_reset[part].flatten()
         assert int(real.sum()) == (4 if i == 4 else 8)
-        candidates = []
+        products, candidates, size = gradients @ gradients.T, [], float(real.sum()) / 2  # all that the norms need
         for first in itertools.combinations(range(8), 4):
-            halves = torch.zeros(2, 8, dtype=torch.bool)
-            halves[0, list(first)] = True
-            halves[1] = ~halves[0]
-            a, b = (gradients[half & real].sum(0) / max(1, int((half & real).sum())) for half in halves)
-            size, mean = float(real.sum()) / 2, (a + b) / 2
-            noise = size * float((a - mean).square().sum() + (b - mean).square().sum())
-            candidates.append((noise, float(mean.square().sum()) - noise / (2 * size)))
+            half = torch.zeros(8, dtype=torch.bool)
+            half[list(first)] = True
+            a, b = (part.double() / max(1, int(part.sum())) for part in (half & real, ~half & real))
+            mean, difference = (a + b) / 2, a - b
+            noise = size * float(difference @ products @ difference) / 2
+            candidates.append((noise, float(mean @ products @ mean) - noise / (2 * size)))
         logged = scalars["gns/noise"][i], scalars["gns/signal"][i]
         errors = [max(abs(x - y) for x, y in zip(logged, c, strict=True)) / abs(c[0]) for c in candidates]
         assert min(errors) < 1e-3, (logged, candidates)

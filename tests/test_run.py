@@ -36,7 +36,7 @@ SIGNAL |= {"ppo_abs_atari.py": ["abs/kl", "abs/kl_mean"], "gns_batch_atari.py": 
 
 
 class Run:
-    """A finished run: its folder, what it printed and, by name, its scalars as (step, value)."""
+    """A finished run: its folder, its output, by name its scalars as (step, value), and the time of each iteration's end."""
 
     def __init__(self, script, *arguments, cwd):
         self.result = run_script(script, *TINY, *MEASURING[script], *arguments, cwd=cwd)
@@ -44,6 +44,7 @@ class Run:
         (self.dir,) = (cwd / "runs").iterdir()
         events = EventAccumulator(str(self.dir), size_guidance={"scalars": 0}).Reload()
         self.scalars = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+        self.when = [e.wall_time for e in events.Scalars("charts/SPS")]
         self.args = json.loads((self.dir / "args.json").read_text())
 
     def values(self, name):
@@ -162,6 +163,17 @@ def test_scalars(script, start):
     assert games[0][0] == 8 * 200 and all(step % 8 == 0 for step, _ in games)
     assert len(run.scalars["charts/episodic_return"]) == len(games) >= 8
     assert all(-21 <= v <= 21 and v == int(v) for v in run.values("charts/episodic_return"))
+
+
+def test_steps_per_second_leave_no_time_out(script, start):
+    """The steps, each at the speed of its iteration, take as long as the clock says, and so do their parts."""
+    run = start(*STEPS)
+    seconds = [batch / sps for batch, sps in zip(run.values("abs/batch_size"), run.values("charts/SPS"), strict=True)]
+    passed = run.when[-1] - run.when[0]
+    assert sum(seconds[1:]) == pytest.approx(passed, rel=0.1)
+    parts = zip(*(run.values(f"time/{part}") for part in ("emulation", "inference", "learning")), strict=True)
+    assert [sum(times) for times in parts] == pytest.approx(seconds, rel=1e-4)
+    assert all(min(run.values(f"time/{part}")) > 0 for part in ("emulation", "inference", "learning"))
 
 
 def test_steps_stay_within_the_total(start):
