@@ -3,6 +3,7 @@ computed anew from the record."""
 
 import itertools
 import math
+from collections import Counter
 
 import envpool
 import numpy as np
@@ -132,6 +133,38 @@ def test_divergence_is_what_one_iteration_changed(script, record):
         assert scalars["abs/divergence"][-1] == pytest.approx(float(changed[real].float().mean()), abs=1e-6)
         old = new
     assert max(changes) > 0
+
+
+@pytest.mark.parametrize("script", DISTINCT)
+def test_reference_states_are_a_random_part_of_the_real_ones(script, record):
+    """Old and new network are compared on the same --reference-batch-size states, drawn from the rollout without putting back
+    and without reset steps; the next measurement draws anew."""
+    batches = []
+
+    def keep(module, inputs):  # only measurements look at 23 observations at once
+        if inputs[0].shape == (23, 4, 84, 84) and type(module).__name__ in ("QNetwork", "Agent"):
+            batches.append(inputs[0].numpy().copy())
+
+    options = "--env-id Assault-v5 --max-episode-steps 9 --no-adapt-rollout --num-steps 30 --adapt-interval 1".split()
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(keep)
+    try:
+        recorder, _, _ = record(script, *options, "--reference-batch-size", 23, "--total-timesteps", 240)
+    finally:
+        hook.remove()
+    assert len(batches) == 4
+    drawn = []
+    for i, (new, old) in enumerate((batches[:2], batches[2:])):
+        assert (new == old).all()
+        observations = np.stack(recorder.observations[30 * i : 30 * i + 30])
+        is_reset = np.array([np.zeros(4, dtype=bool), *recorder.dones])[30 * i : 30 * i + 30]
+        real = [state.tobytes() for state in observations[~is_reset]]  # in this game hardly two are equal
+        resets = {state.tobytes() for state in observations[is_reset]}
+        assert is_reset.any() and len(real) < 120 and not resets <= set(real)
+        states = [state.tobytes() for state in new]
+        assert not Counter(states) - Counter(real)
+        assert set(states) - set(real[:46]) and set(states) - set(real[-46:])
+        drawn.append([real.index(state) for state in states])
+    assert drawn[0] != drawn[1]
 
 
 @scripts
