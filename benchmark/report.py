@@ -8,6 +8,7 @@ Folders given are runs or hold runs; several may be given. --out receives:
     scores.csv       one row per run: state, versions, final evaluation
     games.csv        per game and variant: mean and standard deviation (ddof 1) over seeds
     aggregates.csv   per variant: IQM, mean, median, optimality gap, predicted Atari-57 median, with intervals
+    profiles.csv     per variant: performance profile, the share of its scores above each threshold, with intervals
     improvement.csv  per comparison and game; comparisons.csv: per comparison, over its games, with intervals
     curves.csv       per run at 200 points of training: return, divergence, KL divergence, noise scale, rollout length
     figures/         PNG and PDF
@@ -18,9 +19,9 @@ the settings of adaptation where the rollout is fixed. Definitions:
 * Score: mean of the final evaluation (eval.json). HNS: its human-normalised score, 0 for a random player, 1 for a human.
 * Aggregates (Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", arXiv 2108.13264) are
   rliable's: IQM, the mean of the middle half of all HNS of a variant (of all, where there are three or fewer); mean and median
-  over games of the mean over seeds; optimality gap, the mean shortfall from HNS 1. They are taken over the games that all
-  variants share, with as many seeds (the lowest) as every one of these games has. Variants with at most half as many games as
-  another are left out.
+  over games of the mean over seeds; optimality gap, the mean shortfall from HNS 1. Performance profile: the share of a
+  variant's runs whose HNS exceeds a threshold. All are taken over the games that all variants share, with as many seeds (the
+  lowest) as every one of these games has. Variants with at most half as many games as another are left out.
 * Comparisons of two variants are taken over the games that these two share, with as many seeds as every one of these games
   has; improvement.csv and its figures, game by game, with all seeds.
 * Intervals: 95 % stratified bootstrap (percentile) over seeds, for which at least two seeds are needed. They are about these
@@ -365,13 +366,19 @@ def with_interval(row, names, estimates):
     return row
 
 
-def aggregates(scored, variants, reps):
-    """(aggregates.csv, notes)."""
-    rows, notes = [], []
+def shared_games(scored, variants):
+    """(games of each variant, variants that are compared, games which all of these share)."""
     games = {v: set(scored.loc[scored["variant"] == v, "env_id"]) for v in variants}
     most = max((len(g) for g in games.values()), default=0)
     compared = [v for v in games if len(games[v]) > most / 2]
-    common = sorted(set.intersection(*(games[v] for v in compared))) if compared else []
+    return games, compared, sorted(set.intersection(*(games[v] for v in compared))) if compared else []
+
+
+def aggregates(scored, variants, reps):
+    """(aggregates.csv, notes)."""
+    rows, notes = [], []
+    games, compared, common = shared_games(scored, variants)
+    most = max((len(g) for g in games.values()), default=0)
     few = [f"{v} ({len(games[v])})" for v in games if games[v] and v not in compared]
     if few:
         notes.append(f"Left out of the aggregates, with at most half of the {most} games of another: {'; '.join(few)}.")
@@ -399,6 +406,22 @@ def aggregates(scored, variants, reps):
         if len(row) > 1:
             rows.append(row)
     return pd.DataFrame(rows), notes
+
+
+def profiles(scored, variants, reps, points=201):
+    """profiles.csv."""
+    _, compared, common = shared_games(scored, variants)
+    if not common:
+        return pd.DataFrame()
+    scores = {v: score_matrix(scored, v, common)[0] for v in compared}
+    ends = np.concatenate([x.ravel() for x in scores.values()])
+    thresholds = np.linspace(min(0, ends.min()), max(1, ends.max()), points)
+    tables = []
+    for variant, x in scores.items():
+        shares = estimate(x, lambda x: (x[..., None] > thresholds).mean(axis=(0, 1)), min(reps, 300))
+        columns = {"variant": variant, "seeds": len(x), "games": len(common), "hns": thresholds}
+        tables.append(pd.DataFrame(columns | dict(zip(("share", "share_low", "share_high"), shares, strict=True))))
+    return pd.concat(tables)
 
 
 def comparison_pairs(variants):
@@ -667,6 +690,28 @@ def improvement_figure(by_game, a, b):
     return figure
 
 
+def profile_figure(profile):
+    """Performance profiles: the further to the right a line falls, the better."""
+    if profile.empty:
+        return None
+    figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
+    handles = []
+    for i, (variant, own) in enumerate(profile.groupby("variant", sort=False)):
+        label = f"{variant} ({seeds_text(own['seeds'])})"
+        handles += axis.step(own["hns"], own["share"], where="post", markevery=(5 * i, 40), label=label, **style_of(i))
+        axis.fill_between(
+            own["hns"], own["share_low"], own["share_high"], step="post", color=style_of(i)["color"], alpha=0.15, linewidth=0
+        )
+    if profile["hns"].max() > 20:
+        axis.set_xscale("symlog", linthresh=1)
+    axis.set_ylim(-0.02, 1.02)
+    axis.set_ylabel("share of runs above")
+    games = profile["games"].iloc[0]
+    axis.set_xlabel(f"human-normalised score (games: {games})\nshading: 95 % bootstrap interval (2 seeds or more)")
+    legend(figure, handles)
+    return figure
+
+
 def length_max_points(variants, compared):
     """(family and baseline, L_max, row of comparisons.csv) of ABS over fixed, where nothing but L_max differs; a fixed rollout
     of the shortest length is a range of one length."""
@@ -712,7 +757,7 @@ def style_of(i):
     return {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
 
 
-def draw_figures(folder, runs, variants, curves, by_game, compared, reps):
+def draw_figures(folder, runs, variants, curves, by_game, compared, profile, reps):
     """Writes all figures that the runs support. Returns a list of (name or None, caption)."""
     folder.mkdir()
     figures = []
@@ -747,6 +792,8 @@ def draw_figures(folder, runs, variants, curves, by_game, compared, reps):
         save(improvement_figure(by_game, a, b), file_name("improvement", a, "over", b), f"{a} over {b}, per game", "")
     if compared.empty:
         save(None, "", "Improvement per game", "no two comparable variants have finished runs of one game")
+    few = "there are no human-normalised scores of finished runs to compare"
+    save(profile_figure(profile), "profiles", "Performance profiles over the games that all these variants share", few)
     figure = length_max_figure(length_max_points(variants, compared))
     few = "no script has finished runs with two values of L_max and a fixed baseline"
     save(figure, "length_max", "Mean improvement over the fixed rollout against the longest rollout, L_max", few)
@@ -958,14 +1005,16 @@ def main():
     games = per_game(finished)
     totals, notes = aggregates(scored, variants, args.reps)
     by_game, compared, more_notes = comparisons(scored, variants, args.reps)
+    profile = profiles(scored, variants, args.reps)
     notes = find_warnings(runs, finished, scored, variants) + notes + more_notes
 
     with tempfile.TemporaryDirectory() as temporary:  # so that a failure leaves nothing half-written
         folder = Path(temporary)
         csvs = {"scores": runs, "games": games, "aggregates": totals, "improvement": by_game, "comparisons": compared}
+        csvs["profiles"] = profile
         for name, table in (csvs | {"curves": curves[["run", "step", *(c for c in CURVES if c in curves)]]}).items():
             table.to_csv(folder / f"{name}.csv", index=False, float_format="%.4g" if name == "curves" else "%.6g")
-        figures = draw_figures(folder / "figures", runs, variants, curves, by_game, compared, args.reps)
+        figures = draw_figures(folder / "figures", runs, variants, curves, by_game, compared, profile, args.reps)
         write_report(folder, runs, variants, (games, totals, compared), figures, notes, args.reps, args.window)
         shutil.rmtree(args.out / "figures", ignore_errors=True)
         shutil.copytree(folder, args.out, dirs_exist_ok=True)

@@ -127,6 +127,23 @@ def test_aggregates(study):
     assert single["seeds"] == 1 and math.isnan(single["iqm_low"]) and single["iqm"] == pytest.approx(0.5)
 
 
+def test_profiles(study):
+    """The share of runs above each human-normalised score, from all to none; with an interval where there are two seeds."""
+    rows = table(study, "profiles")
+    for variant, low, high in (("PQN ABS 16-64", 1.1, 1.3), ("PQN fixed 32", 0.4, 0.6), ("PQN ABS 16-32", 0.5, 0.5)):
+        own = rows[rows["variant"] == variant]
+        assert own["hns"].is_monotonic_increasing and own["hns"].iloc[0] == 0 and own["hns"].iloc[-1] == pytest.approx(1.3)
+        assert set(own["games"]) == {10} and set(own["seeds"]) == {1 if low == high else 2}
+        expected = ((low - own["hns"] > 1e-5).astype(float) + (high - own["hns"] > 1e-5)) / 2
+        assert own["share"].to_numpy() == pytest.approx(expected.to_numpy())
+        if low == high:
+            assert own["share_low"].isna().all()
+        else:
+            assert (own["share_low"] <= own["share"]).all() and (own["share"] <= own["share_high"]).all()
+            half = own[own["share"] == 0.5]
+            assert len(half) > 20 and (half["share_low"] < 0.5).all() and (half["share_high"] > 0.5).all()
+
+
 def test_comparisons(study):
     """Probability of improvement, difference and improvement over each baseline, per game and over all."""
     rows = table(study, "comparisons").set_index(["variant", "baseline"])
@@ -171,7 +188,7 @@ def test_figures(study):
     """All figures of the paper are drawn, as pictures with something on them, and shown in report.md."""
     text = (study[0] / "report.md").read_text()
     names = {p.stem for p in (study[0] / "figures").glob("*.png")}
-    assert names >= {"divergence_pqn", "return_pqn", "batch_pqn_abs_16_64", "length_max"}
+    assert names >= {"divergence_pqn", "return_pqn", "batch_pqn_abs_16_64", "length_max", "profiles"}
     assert "improvement_pqn_abs_16_64_over_pqn_fixed_32" in names
     for name in names:
         picture = cv2.imread(str(study[0] / "figures" / f"{name}.png"))
