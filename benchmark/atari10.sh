@@ -36,15 +36,16 @@ distinct() { # the words of $1, each once; $2 is the option they come from
 one_of() { # value, what it is, allowed values
     [[ " $3 " == *" $1 "* ]] || fail "unknown $2 '$1'; use one of: $3"
 }
-flags_of() { # variant, the script's longest rollout
+set_flags() { # variant, the script's longest rollout: sets $flags
     case $1 in
-    fixed) echo "--no-adapt-rollout --num-steps 32" ;;
-    longest) echo "--no-adapt-rollout --num-steps $2" ;;
-    shortest) echo "--no-adapt-rollout --num-steps 16" ;;
-    max-*) echo "--rollout-length-max ${1#max-}" ;;
-    time) echo "--adapt-signal time" ;;
-    scale-epochs) echo "--scale-epochs" ;;
-    literal) echo "--divergence-window 1 --divergence-warmup 0" ;;
+    adaptive) flags="" ;;
+    fixed) flags="--no-adapt-rollout --num-steps 32" ;;
+    longest) flags="--no-adapt-rollout --num-steps $2" ;;
+    shortest) flags="--no-adapt-rollout --num-steps 16" ;;
+    max-*) flags="--rollout-length-max ${1#max-}" ;;
+    time) flags="--adapt-signal time" ;;
+    scale-epochs) flags="--scale-epochs" ;;
+    literal) flags="--divergence-window 1 --divergence-warmup 0" ;;
     esac
 }
 
@@ -98,10 +99,12 @@ for script in $scripts; do one_of "$script" script "pqn l xl ppo gns"; done
 known="adaptive fixed longest shortest max-32 max-64 max-128 time scale-epochs literal"
 for variant in $variants; do one_of "$variant" variant "$known"; done
 for flag in "$@"; do # what comes last wins: such a flag would make one run of two variants
+    [[ $flag == --* ]] || continue
     flag=${flag%%=*}
+    name=${flag//_/-}
     for variant in $variants; do
-        set_by_variant=" $(flags_of "$variant" 64) "
-        if [[ "${set_by_variant//--no-/--}" == *" $(sed 's/_/-/g; s/^--no-/--/' <<<"$flag") "* && $flag == --* ]]; then
+        set_flags "$variant" 64
+        if [[ " ${flags//--no-/--} " == *" ${name/#--no-/--} "* ]]; then
             fail "$flag is set by the variant '$variant'; leave that out of --variants, or the flag"
         fi
     done
@@ -130,7 +133,7 @@ for seed in $seeds; do
             gns) file=gns_batch_atari.py longest=64 ;;
             esac
             for variant in $variants; do
-                flags=$(flags_of "$variant" $longest)
+                set_flags "$variant" $longest
                 if [[ $variant == max-$longest && " $variants " == *" adaptive "* ]]; then
                     continue # the script's own default, which adaptive is already
                 fi
