@@ -94,6 +94,24 @@ def test_bfloat16_stays_near_float32(script):
     assert 0 < relative_error(result, outputs(script, fresh_network(script), batch[0])) < 0.03
 
 
+@pytest.mark.parametrize(
+    "capabilities, fast",
+    [
+        ({"cpu_name": "AMD EPYC 9R14", "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, False),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, True),
+        ({"cpu_name": "AMD EPYC 7763", "avx512_bf16": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({"architecture": "arm64", "bf16": True}, False),
+        ({}, False),
+    ],
+)
+def test_auto_takes_bfloat16_where_it_is_faster(capabilities, fast, monkeypatch):
+    """On a CPU; nobody measured it on ARM."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert pqn.bfloat16_is_fast(torch.device("cpu")) is fast
+
+
 @pytest.mark.skipif(not pqn.compiler_is_there(torch.device("cpu")), reason="torch.compile needs a C++ compiler")
 @learners
 def test_compiled_equals_eager(script):
