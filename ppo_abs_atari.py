@@ -776,7 +776,8 @@ def check_args(args):
     for name, bound in at_least.items():
         if getattr(args, name) < bound:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; use {bound} or more")
-    at_most = {"num_envs": 65_536, "rollout_length_max": 65_536, "num_steps": 65_536, "max_episode_steps": 10_000_000}
+    at_most = {name: 10**15 for name, value in vars(args).items() if isinstance(value, int)}
+    at_most |= {"num_envs": 65_536, "rollout_length_max": 65_536, "num_steps": 65_536, "max_episode_steps": 10_000_000}
     at_most |= {"seed": 2**32 - 1, "env_threads": 1024, "torch_threads": 1024, "eval_episodes": 1_000_000}
     for name, bound in at_most.items():
         if getattr(args, name) > bound:
@@ -811,6 +812,9 @@ def check_args(args):
         fail(f"--total-timesteps {args.total_timesteps} is less than the first rollout; use {first_batch} or more")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda, but PyTorch finds no CUDA device here; use --device cpu or auto")
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if args.device != "cpu" and 0 < gpus < processes:
+        fail(f"{processes} processes, but {gpus} GPUs here; use torchrun --nproc_per_node={gpus} or --device cpu")
     if args.eval_only and not args.model:
         fail("--eval-only needs --model runs/<run>/model.pt")
     if args.model and not args.eval_only:
@@ -823,6 +827,8 @@ def check_args(args):
         fail(f"--log-noise-scale compares minibatches; use --num-minibatches 2 or more, not {args.num_minibatches}")
     if args.track and getattr(importlib.util.find_spec("wandb"), "loader", None) is None:  # a folder wandb/ has no loader
         fail("--track needs Weights & Biases, which is not installed; run `pip install wandb` or leave --track out")
+    if args.capture_video and not all(map(importlib.util.find_spec, ("ale_py", "moviepy"))):
+        fail("--capture-video needs ale-py and moviepy; run `pip install -r requirements.txt` or leave --capture-video out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -951,16 +957,25 @@ def find_run(args):
     return args, run_dir, checkpoint
 
 
+def stop_at_once(number):
+    """Ends the script as the signal would have, with a line that says how to go on."""
+    print("stopped at once; --resume continues a training run from its last checkpoint", flush=True)
+    sys.exit(128 + number)
+
+
 def catch_signals():
     """From now on the first SIGTERM or SIGINT appears in the list that is returned, for the training loop to stop at the end
-    of its iteration; a signal that finds the list not empty ends the script at once."""
-    received = []
+    of its iteration; a signal that finds the list not empty ends the script at once. Not within two seconds: that is the same
+    request again, where for example both the terminal and torchrun pass a Ctrl-C on."""
+    received, patient_until = [], 0.0
 
     def handler(number, frame):
-        if received:
-            print("stopped at once; --resume continues a training run from its last checkpoint", flush=True)
-            sys.exit(128 + number)
-        received.append(number)
+        nonlocal patient_until
+        if not received:
+            received.append(number)
+            patient_until = time.monotonic() + 2
+        elif time.monotonic() > patient_until:
+            stop_at_once(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
@@ -1430,7 +1445,7 @@ if __name__ == "__main__":
     save_checkpoint(run_dir, state)
     save_model(network, args, global_step, run_dir / "model.pt")
     if received_signals:  # it came where no iteration was left to notice it
-        signal.raise_signal(received_signals[0])
+        stop_at_once(received_signals[0])
     received_signals.append(0)  # from here on, a signal need not wait
     trained = f"trained {global_step - start_step:,} steps in {time.time() - start_time:.0f} s"
     print(f"{trained}: {run_dir / 'model.pt'}", flush=True)

@@ -104,6 +104,10 @@ for flag in "$@"; do # what comes last wins: such a flag would make one run of t
     name=${flag//_/-}
     for variant in $variants; do
         set_flags "$variant" 64
+        case $variant in # fixed at the ends of the scripts' own range
+        longest) flags+=" --rollout-length-max" ;;
+        shortest) flags+=" --rollout-length-min" ;;
+        esac
         if [[ " ${flags//--no-/--} " == *" ${name/#--no-/--} "* ]]; then
             fail "$flag is set by the variant '$variant'; leave that out of --variants, or the flag"
         fi

@@ -19,15 +19,18 @@ command=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$1")
 [ -n "$command" ] || { echo "error: $1 has no line $SLURM_ARRAY_TASK_ID" >&2; exit 2; }
 echo "$(date): $command"
 
-# USR1 comes two minutes before the time limit: the script is asked to save, and this task queues again. scancel and preemption
-# send TERM to the script themselves; a task that was cancelled must not come back, and a preempted one Slurm requeues.
-trap 'at_limit=yes; kill -TERM $!' USR1
+# USR1 comes two minutes before the time limit: the script is asked to save, and this task queues again. TERM comes from scancel
+# and preemption, and may come to this shell alone: a task that was cancelled must not come back, a preempted one Slurm requeues.
 eval "exec $command" &
-wait $! # which a signal ends early
-code=$?
-if [ -n "$at_limit" ]; then
+trap 'interrupted=yes at_limit=yes; kill -TERM $! 2>/dev/null' USR1
+trap 'interrupted=yes; kill -TERM $! 2>/dev/null' TERM
+interrupted=yes
+while [ -n "$interrupted" ]; do # by a signal, which ends wait early
+    interrupted=""
     wait $!
     code=$?
+done
+if [ -n "$at_limit" ]; then
     case "$code $command" in
     143\ * | 1\ *torchrun*) # torchrun ends with 1 also where all its processes have saved and ended with 143
         scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" ;; # the bare id may be the whole array's

@@ -119,8 +119,8 @@ def test_flags_that_no_variant_sets(monkeypatch):
         "--games", "Pong", "--seeds", "1", "--variants", "adaptive", "--", "--no-adapt-rollout", "--num-steps", 48
     )
     assert [kind(parse(line, monkeypatch)[1]) for line in lines] == [("fixed", 48)]
-    lines = job_list("--games", "Pong", "--seeds", "1", "--", "--rollout-length-max", 48)
-    assert [kind(parse(line, monkeypatch)[1]) for line in lines] == [("adaptive", 48), ("fixed", 32), ("fixed", 64)]
+    lines = job_list("--games", "Pong", "--seeds", "1", "--variants", "adaptive fixed", "--", "--rollout-length-max", 48)
+    assert [kind(parse(line, monkeypatch)[1]) for line in lines] == [("adaptive", 48), ("fixed", 32)]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +152,8 @@ def test_flags_that_no_variant_sets(monkeypatch):
         (("--variants", "adaptive max-32", "--", "--rollout-length-max=64"), "'max-32'"),
         (("--variants", "adaptive scale-epochs", "--", "--no-scale-epochs"), "'scale-epochs'"),
         (("--variants", "literal", "--", "--divergence-window", "2"), "'literal'"),
+        (("--variants", "adaptive longest", "--", "--rollout-length-max", "32"), "'longest'"),
+        (("--variants", "shortest", "--", "--rollout_length_min=8"), "'shortest'"),
     ],
     ids=lambda value: "_".join(value).strip("-") if isinstance(value, tuple) else "",
 )
@@ -162,11 +164,12 @@ def test_bad_options(options, help):
 
 
 TASK = """
-trap 'exit {after_term}' TERM
+code={at_end}
+trap 'code={after_term}; touch go' TERM
 echo $$ > pid
 mv pid ready
 while [ ! -e go ]; do sleep 0.05; done
-exit {at_end}
+exit $code
 """
 
 
@@ -181,6 +184,8 @@ exit {at_end}
         ("bash", "", 143, 7, 7, False),
         ("torchrun", "", 143, 1, 1, False),
         ("bash", "cancelled", 143, 0, 143, False),
+        ("bash", "cancelled", 0, 7, 0, False),
+        ("bash", "all cancelled", 143, 0, 143, False),
     ],
 )
 def test_slurm_requeues_what_has_saved_at_the_limit(tmp_path, program, event, after_term, at_end, code, requeued):
@@ -207,8 +212,10 @@ def test_slurm_requeues_what_has_saved_at_the_limit(tmp_path, program, event, af
             time.sleep(0.02)
         if event == "limit":
             process.send_signal(signal.SIGUSR1)
-        elif event == "cancelled":  # scancel sends TERM to the command itself
-            os.kill(int((tmp_path / "ready").read_text()), signal.SIGTERM)
+        elif event == "cancelled":  # under proctrack/cgroup, scancel sends TERM to the shell alone
+            process.terminate()
+        elif event == "all cancelled":  # and elsewhere to all processes of the task
+            os.killpg(process.pid, signal.SIGTERM)
         else:
             (tmp_path / "go").touch()
         output, _ = process.communicate(timeout=60)
