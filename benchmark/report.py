@@ -554,9 +554,9 @@ def panels(games):
 
 
 def seed_curves(curves, runs, column):
-    """(table of runs trained to the end, table of the others): steps down, one column per run."""
+    """(table of runs trained to the end, table of the others): steps down, one column per run; missing values are nan."""
     own = curves[curves["run"].isin(runs["run"])] if column in curves else curves.iloc[:0].assign(**{column: np.nan})
-    table = own.replace([np.inf, -np.inf], np.nan).pivot(index="step", columns="run", values=column).dropna(axis=1, how="all")
+    table = own.pivot(index="step", columns="run", values=column).dropna(axis=1, how="all")
     ended = table.columns.isin(runs.loc[runs["state"].isin(["finished", "not evaluated"]), "run"])
     return table.loc[:, ended], table.loc[:, ~ended]
 
@@ -573,7 +573,8 @@ def draw_curve(axis, curves, runs, column, reps, style):
     ended, running = seed_curves(curves, runs, column)
     if len(ended.columns):
         # No mean over some of the seeds: it would jump where another one joins or leaves
-        values = ended.interpolate(method="index", limit_area="inside")
+        values = ended.replace(np.inf, np.nan).interpolate(method="index", limit_area="inside")
+        values = values.mask(np.isinf(ended))  # a noise scale without bound breaks the line
         if column == "episodic_return":
             values = values[ended.apply(gap_sizes) <= LONGEST_GAP * len(ended)]
         values = values.to_numpy().T[:, None]
@@ -582,10 +583,10 @@ def draw_curve(axis, curves, runs, column, reps, style):
         axis.plot(millions, mean, markevery=0.2, **style)
         axis.fill_between(millions, low, high, color=style["color"], alpha=0.2, linewidth=0)
     for _, run in running.items():
-        run = run.dropna()
+        run = run.dropna().replace(np.inf, np.nan)
         thin = style | {"linewidth": 0.7, "markersize": 3}
         axis.plot(run.index / 1e6, run, markevery=0.2, **thin)
-        axis.plot(run.index[-1] / 1e6, run.iloc[-1], "x", color=style["color"], markersize=6, zorder=5)
+        axis.plot(run.dropna().index[-1:] / 1e6, run.dropna().iloc[-1:], "x", color=style["color"], markersize=6, zorder=5)
     return len(ended.columns), len(running.columns)
 
 
@@ -595,6 +596,11 @@ CURVE_NOTE = (
     f"(2 seeds or more; from fewer than {FEW_SEEDS} too narrow, from 2 it is their range)"
 )
 RUNNING_NOTE = "; thin line that ends in a cross: one run that has not ended"
+UNBOUNDED_NOTE = "; a gap: no bound to the noise scale"
+
+
+def curve_note(column, running):
+    return CURVE_NOTE + (UNBOUNDED_NOTE if column == "b_simple" else "") + (RUNNING_NOTE if running else "")
 
 
 def curve_figure(curves, runs, styles, column, reps):
@@ -619,7 +625,7 @@ def curve_figure(curves, runs, styles, column, reps):
     figure.supylabel(YLABELS[column], fontsize=8)
     handles = [plt.Line2D([], [], **styles[v], label=f"{v} ({runs_text(seeds[v], others[v])})") for v in styles if v in seeds]
     legend(figure, handles)
-    figure.supxlabel(CURVE_NOTE + (RUNNING_NOTE if any(map(sum, others.values())) else ""), fontsize=7)
+    figure.supxlabel(curve_note(column, any(map(sum, others.values()))), fontsize=7)
     return figure
 
 
@@ -658,7 +664,7 @@ def batch_figure(curves, runs, variant, args, reps):
     labels = {"batch_size": "batch size (left axis)", column: f"{YLABELS[column]} (right axis)"}
     handles = [plt.Line2D([], [], **styles[c], label=labels[c]) for c in styles]
     legend(figure, handles, title=textwrap.fill(f"{variant} ({runs_text(seeds, others)})", 90))
-    figure.supxlabel(CURVE_NOTE + (RUNNING_NOTE if any(others) else ""), fontsize=7)
+    figure.supxlabel(curve_note(column, any(others)), fontsize=7)
     return figure
 
 
@@ -754,7 +760,13 @@ def length_max_figure(points):
 
 
 def style_of(i):
-    return {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
+    """Colour, line and marker of the i-th of several lines; every seven lines they are combined anew."""
+    turn = i // len(COLORS)
+    return {
+        "color": COLORS[i % len(COLORS)],
+        "linestyle": LINES[(i + turn) % len(LINES)],
+        "marker": MARKERS[(i + 2 * turn) % len(MARKERS)],
+    }
 
 
 def draw_figures(folder, runs, variants, curves, by_game, compared, profile, reps):

@@ -51,6 +51,9 @@ BAD_ARGUMENTS = [
     ("--adapt-signal reward", "adapt-signal"),
     # sizes
     ("--num-envs 0", "--num-envs 0"),
+    ("--microbatch-size 99999999999999999999", "too large"),
+    ("--divergence-window 99999999999999999999", "too large"),
+    ("--reference-batch-size 99999999999999999999", "too large"),
     ("--num-envs -8", "--num-envs -8"),
     ("--num-steps 0", "--num-steps 0"),
     ("--num-minibatches 0", "--num-minibatches 0"),
@@ -214,6 +217,33 @@ def test_tracking_without_wandb(script, spec, run_here, tmp_path, monkeypatch):
     result = run_here(script, "--track")
     assert result.returncode == 2
     is_one_helpful_line(result, "pip install wandb")
+    assert list(tmp_path.iterdir()) == []
+
+
+@distinct_scripts
+def test_more_processes_than_gpus(script, run_here, tmp_path, monkeypatch):
+    """torchrun with four processes on two GPUs is told to take two, and may have four on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    result = run_here(script)
+    assert result.returncode == 2
+    is_one_helpful_line(result, "--nproc_per_node=2")
+    is_one_helpful_line(run_here(script, "--device", "cpu", "--model", "x"), "--eval-only")  # the next check
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    is_one_helpful_line(run_here(script, "--model", "x"), "--eval-only")
+    assert list(tmp_path.iterdir()) == []
+
+
+@distinct_scripts
+@pytest.mark.parametrize("missing", ["ale_py", "moviepy"])
+def test_video_without_its_packages(script, missing, run_here, tmp_path, monkeypatch):
+    """--capture-video says what is missing before the training, not after it."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == missing else find_spec(name, *a))
+    result = run_here(script, "--capture-video")
+    assert result.returncode == 2
+    is_one_helpful_line(result, "pip install -r requirements.txt")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -45,11 +45,11 @@ def wait_for(condition, process, seconds=300):
         time.sleep(0.05)
 
 
-def interrupt(script, folder, *arguments, number=signal.SIGTERM, after=1):
-    """Runs a script until it has so many checkpoints, then sends the signal. Returns its folder, return code and output."""
+def interrupt(script, folder, *arguments, after=1):
+    """Runs a script until it has so many checkpoints, then sends SIGTERM. Returns its folder, return code and output."""
     process = start(script, *arguments, cwd=folder)
     wait_for(lambda: len(list(folder.glob("runs/*/checkpoint_*.pt"))) >= after, process)
-    process.send_signal(number)
+    process.terminate()
     output, errors = process.communicate(timeout=60)
     (run_dir,) = folder.glob("runs/*")
     return run_dir, process.returncode, output, errors
@@ -363,12 +363,18 @@ def test_extension_keeps_the_schedules(script, tmp_path):
 
 @pqn_only
 def test_sigint_and_impatience(stopped, tmp_path):
-    """Ctrl-C saves and exits with 130; during the evaluation, which can be done again, a signal ends the run at once."""
+    """Ctrl-C saves and exits with 130, also where it comes a second time at once, as from a terminal and torchrun; during the
+    evaluation, which can be done again, a signal ends the run at once."""
     script = stopped[0]
-    run_dir, code, output, errors = interrupt(
-        script, tmp_path, *SIZE, 2400, "--checkpoint-interval", 100, number=signal.SIGINT
-    )
-    assert code == 130 and not errors and "--resume runs/" in output.splitlines()[-1]
+    process = start(script, *SIZE, 2400, "--checkpoint-interval", 100, cwd=tmp_path)
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint_*.pt")), process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.02)
+    process.terminate()
+    output, errors = process.communicate(timeout=60)
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert process.returncode == 130 and not errors
+    assert "stopped by a signal" in output and "--resume runs/" in output.splitlines()[-1]
     resume = ("--resume", run_dir, "--checkpoint-interval", 0, "--eval-episodes", 1_000_000, "--max-episode-steps", 200)
     process = start(script, *resume, cwd=tmp_path)
     wait_for(lambda: (run_dir / "model.pt").exists(), process)
@@ -378,6 +384,29 @@ def test_sigint_and_impatience(stopped, tmp_path):
     assert not (run_dir / "eval.json").exists()
     assert run_script(script, "--resume", run_dir, "--eval-episodes", 2, cwd=tmp_path).returncode == 0
     assert json.loads((run_dir / "eval.json").read_text())["episodes"] == 2
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=lambda module: module.__name__)
+def test_a_second_signal(module, monkeypatch, capsys):
+    """Within two seconds it is the first one once more; later it ends the script at once, as any does where none need wait."""
+    clock = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        received = module.catch_signals()
+        for clock[0] in (100.0, 100.1, 101.9):
+            signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+        clock[0] = 102.1
+        with pytest.raises(SystemExit) as stop:
+            signal.raise_signal(signal.SIGINT)
+        assert stop.value.code == 130 and "stopped at once; --resume" in capsys.readouterr().out
+        module.catch_signals().append(0)
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pqn_only

@@ -184,6 +184,26 @@ def test_mean_curves_have_no_gap_and_no_jump():
     report.plt.close(figure)
 
 
+def test_a_noise_scale_without_bound_breaks_the_line():
+    """Where a seed has no bound to its noise scale, no line is drawn, neither of the mean nor of a run that has not ended."""
+    values = {"a": [10, np.inf, 30, 10], "b": [10, 20, 30, 40], "c": [5, np.inf, 7, np.inf]}
+    curves = pd.concat(pd.DataFrame({"run": r, "step": range(4), "b_simple": v}) for r, v in values.items())
+    runs = pd.DataFrame({"run": ["a", "b", "c"], "state": ["finished", "finished", "unfinished"]})
+    figure, axis = report.plt.subplots()
+    assert report.draw_curve(axis, curves, runs, "b_simple", 50, report.style_of(0)) == (2, 1)
+    mean, running, cross = (line.get_ydata() for line in axis.lines)
+    np.testing.assert_allclose(mean, [10, np.nan, 30, 25])
+    np.testing.assert_allclose(running, [5, np.nan, 7, np.nan])
+    assert list(cross) == [7] and list(axis.lines[2].get_xdata()) == [2e-6]
+    report.plt.close(figure)
+
+
+def test_no_two_lines_look_alike():
+    """Up to 14 lines of one figure differ also in black and white."""
+    styles = [report.style_of(i) for i in range(14)]
+    assert len({(str(s["linestyle"]), s["marker"]) for s in styles}) == 14
+
+
 def test_figures(study):
     """All figures of the paper are drawn, as pictures with something on them, and shown in report.md."""
     text = (study[0] / "report.md").read_text()
