@@ -29,6 +29,7 @@ leaves events, args.json, checkpoints, model.pt, eval.json and its source in run
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import glob
@@ -184,7 +185,7 @@ class Args:
     cudagraphs: bool = False
     """if toggled, record acting and the gradient step as CUDA graphs (CUDA only)"""
     microbatch_size: int = 0
-    """samples per forward and backward pass, gradients are accumulated over a minibatch; 0: 256 on the CPU, all on CUDA"""
+    """samples per forward and backward pass, whose gradients add up; 0: all on CUDA, 256 on the CPU (128 in float32)"""
     env_pools: int = 0
     """emulate the games in this many groups, each while the network acts for the others; 0 is 2 on CUDA and 1 on the CPU"""
     env_threads: int = 0
@@ -984,8 +985,8 @@ class NoWriter:
 
 
 def bfloat16_is_fast(device):
-    """Whether the hardware multiplies bfloat16 at twice the rate of float32 or more. Without AMX, Intel's processors have the
-    instructions (avx512_bf16) and no higher rate: the rounding that goes with them made training slower there."""
+    """Whether the hardware multiplies bfloat16 faster than float32. Intel's processors with the instructions (avx512_bf16) but
+    without AMX do not: updates took as long."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
@@ -1000,6 +1001,14 @@ def speed_up(network, precision, device, use_compile=False):
     if use_compile:
         network.compile()
     return network
+
+
+def keep_freed_memory():
+    """Has glibc keep what tensors on the CPU free for those of the next minibatch, instead of giving it back to the system,
+    which clears every page anew. The environment variables MALLOC_..._THRESHOLD_ go first."""
+    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
+        ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum of 32 MiB: larger tensors are given back
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def compiler_is_there(device):
@@ -1069,6 +1078,7 @@ if __name__ == "__main__":
         args.cudagraphs = False
     env_threads = args.env_threads or cores
     torch.set_num_threads(args.torch_threads or cores)
+    keep_freed_memory()
 
     if args.eval_only:
         network, trained = load_model(args.model, device)
@@ -1120,7 +1130,8 @@ if __name__ == "__main__":
     learning_rate = torch.tensor(args.learning_rate, device=device) if args.cudagraphs else args.learning_rate
     optimizer = torch.optim.RAdam(network.parameters(), lr=learning_rate, foreach=True, capturable=args.cudagraphs)
     act_step = partial(act, network)
-    microbatch_size = args.microbatch_size or (256 if device.type == "cpu" else 2**31)
+    cpu_size = 256 if args.precision == "bfloat16" else 128
+    microbatch_size = args.microbatch_size or (cpu_size if device.type == "cpu" else 2**31)
     gradient_step = partial(compute_gradient, network, microbatch_size=microbatch_size)
     update_step = partial(update, network, optimizer, max_grad_norm=args.max_grad_norm, microbatch_size=microbatch_size)
     if args.cudagraphs:
