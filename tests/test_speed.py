@@ -2,13 +2,15 @@
 
 import copy
 import math
+import os
+import platform
 import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import MODULES
+from conftest import MODULES, ROOT
 from torch._dynamo.utils import counters
 
 import pqn_abs_atari as pqn
@@ -110,6 +112,31 @@ def test_auto_takes_bfloat16_where_it_is_faster(capabilities, fast, monkeypatch)
     """On a CPU; nobody measured it on ARM."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert pqn.bfloat16_is_fast(torch.device("cpu")) is fast
+
+
+PAGE_FAULTS = """
+import resource, torch, pqn_abs_atari
+pqn_abs_atari.keep_freed_memory()
+for i in range(12):
+    if i == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(4_000_000) for _ in range(6)]  # 96 MB
+    del tensors
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_freed_memory_is_kept():
+    """Tensors take the memory of those before them, whose pages the system need not clear anew; with the environment variables
+    of malloc nothing is set."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    faults = []
+    for extra in ({}, {"MALLOC_TOP_PAD_": "131072"}):
+        command = [sys.executable, "-c", PAGE_FAULTS]
+        result = subprocess.run(command, cwd=ROOT, env=environment | extra, capture_output=True, text=True, check=True)
+        faults.append(int(result.stdout))
+    assert faults[0] < 100 < 1000 < faults[1]
 
 
 @pytest.mark.skipif(not pqn.compiler_is_there(torch.device("cpu")), reason="torch.compile needs a C++ compiler")
