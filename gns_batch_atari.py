@@ -903,7 +903,7 @@ def stop_at_once(number):
 def catch_signals():
     """From now on the first SIGTERM or SIGINT appears in the list that is returned, for the training loop to stop at the end
     of its iteration; a signal that finds the list not empty ends the script at once. Not within two seconds: that is the same
-    request again, where for example both the terminal and torchrun pass a Ctrl-C on."""
+    request on another way, for example from Slurm itself and from the shell to which Slurm sent it."""
     received, patient_until = [], 0.0
 
     def handler(number, frame):
