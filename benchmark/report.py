@@ -586,7 +586,8 @@ def draw_curve(axis, curves, runs, column, reps, style):
         run = run.dropna().replace(np.inf, np.nan)
         thin = style | {"linewidth": 0.7, "markersize": 3}
         axis.plot(run.index / 1e6, run, markevery=0.2, **thin)
-        axis.plot(run.dropna().index[-1:] / 1e6, run.dropna().iloc[-1:], "x", color=style["color"], markersize=6, zorder=5)
+        last = run.dropna().iloc[-1:]
+        axis.plot(last.index / 1e6, last, "x", color=style["color"], markersize=6, zorder=5)
     return len(ended.columns), len(running.columns)
 
 

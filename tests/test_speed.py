@@ -1,12 +1,14 @@
 """What makes the script faster changes nothing else: pools, microbatches, compilation and CUDA graphs against plain code."""
 
 import copy
+import ctypes
 import math
 import os
 import platform
 import runpy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +139,19 @@ def test_freed_memory_is_kept():
         result = subprocess.run(command, cwd=ROOT, env=environment | extra, capture_output=True, text=True, check=True)
         faults.append(int(result.stdout))
     assert faults[0] < 100 < 1000 < faults[1]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+@pytest.mark.parametrize("script", ["pqn_abs_atari.py", "ppo_abs_atari.py", "gns_batch_atari.py"])
+def test_scripts_keep_freed_memory(script, run_here, monkeypatch):
+    """The scripts call that before they allocate anything, here before they find no model."""
+    calls = []
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    with monkeypatch.context() as patch:
+        patch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *a: calls.append(a)))
+        assert run_here(script, "--eval-only", "--model", "none.pt", "--device", "cpu").returncode == 2
+    assert calls == [(-3, 2**25), (-1, 2**31 - 1)]
 
 
 @pytest.mark.skipif(not pqn.compiler_is_there(torch.device("cpu")), reason="torch.compile needs a C++ compiler")
