@@ -73,7 +73,7 @@ class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]
     """the name of this experiment, part of the run's folder name"""
     seed: int = 1
-    """seed of network, exploration, minibatches and games"""
+    """seed of network, actions, minibatches and games"""
     torch_deterministic: bool = True
     """if toggled, cuDNN uses deterministic algorithms only (on the CPU a run repeats with as many threads)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -105,7 +105,7 @@ class Args:
     total_timesteps: int = 20_000_000
     """length of training in agent steps over all environments; no rollout is begun that would exceed it"""
     learning_rate: float = 2.5e-4
-    """learning rate of RAdam"""
+    """learning rate of the optimizer"""
     anneal_lr: bool = False
     """if toggled, the learning rate falls linearly to 0 over the agent steps"""
     num_steps: int = 32
@@ -172,6 +172,8 @@ class Args:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """arithmetic of the convolutions and matrix products; auto is bfloat16 where that is faster, else float32 (which cuDNN
     may round to TF32 in convolutions, PyTorch's default)"""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """layout of what the convolutions compute; auto is channels_last in float32 on the CPU, else contiguous"""
     compile: bool = False
     """if toggled, torch.compile the network (needs Triton on CUDA, a C++ compiler on the CPU)"""
     cudagraphs: bool = False
@@ -314,12 +316,25 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
 
 
 class PixelConv2d(nn.Conv2d):
-    """Convolution of pixels 0..255 (uint8) as if scaled to [0, 1]: it divides the weights instead, which costs nothing."""
+    """Convolution of pixels 0..255 (uint8) as if scaled to [0, 1]: it divides the weights instead, which costs nothing.
+    The layout of its output in memory, which the layers after it keep, is self.memory_format."""
+
+    memory_format = torch.contiguous_format
 
     def forward(self, x):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        return self._conv_forward(x.to(dtype), self.weight / 255, self.bias)
+        return self._conv_forward(x.to(dtype, memory_format=self.memory_format), self.weight / 255, self.bias)
+
+
+class LayerNormCHW(nn.LayerNorm):
+    """LayerNorm over channels, height and width: nn.LayerNorm, which would copy channels_last features twice."""
+
+    def forward(self, x):
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        weight, bias = self.weight.permute(1, 2, 0), self.bias.permute(1, 2, 0)
+        return nn.functional.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, self.eps).permute(0, 3, 1, 2)
 
 
 class QNetwork(nn.Module):
@@ -329,13 +344,13 @@ class QNetwork(nn.Module):
         super().__init__()
         self.encoder = nn.Sequential(
             layer_init(PixelConv2d(4, 32, 8, stride=4)),
-            nn.LayerNorm([32, 20, 20]),
+            LayerNormCHW([32, 20, 20]),
             nn.ReLU(),
             layer_init(nn.Conv2d(32, 64, 4, stride=2)),
-            nn.LayerNorm([64, 9, 9]),
+            LayerNormCHW([64, 9, 9]),
             nn.ReLU(),
             layer_init(nn.Conv2d(64, 64, 3, stride=1)),
-            nn.LayerNorm([64, 7, 7]),
+            LayerNormCHW([64, 7, 7]),
             nn.ReLU(),
             nn.Flatten(),
             layer_init(nn.Linear(3136, 512)),
@@ -350,7 +365,7 @@ class QNetwork(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Gradient noise scale and Q(lambda): pure functions
+# Gradient noise scale and targets: pure functions
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -776,7 +791,7 @@ def check_args(args):
 MAY_CHANGE = set(
     "device torch_deterministic track wandb_project_name wandb_entity capture_video video_episodes eval_episodes eval_epsilon "
     "eval_greedy eval_only model checkpoint_interval resume auto_resume compile cudagraphs microbatch_size env_pools "
-    "env_threads torch_threads".split()
+    "env_threads torch_threads memory_format".split()
 )
 
 
@@ -970,8 +985,11 @@ def bfloat16_is_fast(device):
     return bool(has_faster_avx512 or capabilities.get("amx_bf16"))
 
 
-def speed_up(network, precision, device, use_compile=False):
-    """Makes the encoder compute in `precision` and compiles; weights, Q-values, targets and optimizer stay float32."""
+def speed_up(network, precision, device, use_compile=False, memory_format="auto"):
+    """Makes the encoder compute in `precision` with features in `memory_format`, and compiles. Weights, heads, targets and
+    optimizer stay float32."""
+    if memory_format == "channels_last" or (memory_format == "auto" and device.type == "cpu" and precision == "float32"):
+        network.encoder[0].memory_format = torch.channels_last
     if precision == "bfloat16":
         network.encoder.forward = torch.autocast(device.type, torch.bfloat16)(network.encoder.forward)
     if use_compile:
@@ -1065,7 +1083,9 @@ if __name__ == "__main__":
             if not given(name):
                 setattr(args, name, getattr(trained, name))
         received_signals.append(0)  # a signal need not wait
-        evaluate_and_record(speed_up(network, args.precision, device), args, device, Path(args.model).parent)
+        evaluate_and_record(
+            speed_up(network, args.precision, device, memory_format=args.memory_format), args, device, Path(args.model).parent
+        )
         sys.exit()
 
     # Batch by gradient noise scale
@@ -1102,8 +1122,8 @@ if __name__ == "__main__":
     num_actions = pools[0].num_actions
 
     # Network
-    network = speed_up(QNetwork(num_actions).to(device), args.precision, device, args.compile)
-    old_network = speed_up(QNetwork(num_actions).to(device), args.precision, device, args.compile)
+    network = speed_up(QNetwork(num_actions).to(device), args.precision, device, args.compile, args.memory_format)
+    old_network = speed_up(QNetwork(num_actions).to(device), args.precision, device, args.compile, args.memory_format)
     learning_rate = torch.tensor(args.learning_rate, device=device) if args.cudagraphs else args.learning_rate
     optimizer = torch.optim.RAdam(network.parameters(), lr=learning_rate, foreach=True, capturable=args.cudagraphs)
     act_step = partial(act, network)

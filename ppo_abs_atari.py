@@ -109,7 +109,7 @@ class Args:
     total_timesteps: int = 20_000_000
     """length of training in agent steps over all environments; no rollout is begun that would exceed it"""
     learning_rate: float = 2.5e-4
-    """learning rate of Adam"""
+    """learning rate of the optimizer"""
     anneal_lr: bool = True
     """if toggled, the learning rate falls linearly to 0 over the agent steps"""
     num_steps: int = 32
@@ -188,6 +188,8 @@ class Args:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """arithmetic of the convolutions and matrix products; auto is bfloat16 where that is faster, else float32 (which cuDNN
     may round to TF32 in convolutions, PyTorch's default)"""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """layout of what the convolutions compute; auto is channels_last in float32 on the CPU, else contiguous"""
     compile: bool = False
     """if toggled, torch.compile the network (needs Triton on CUDA, a C++ compiler on the CPU)"""
     cudagraphs: bool = False
@@ -330,12 +332,15 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
 
 
 class PixelConv2d(nn.Conv2d):
-    """Convolution of pixels 0..255 (uint8) as if scaled to [0, 1]: it divides the weights instead, which costs nothing."""
+    """Convolution of pixels 0..255 (uint8) as if scaled to [0, 1]: it divides the weights instead, which costs nothing.
+    The layout of its output in memory, which the layers after it keep, is self.memory_format."""
+
+    memory_format = torch.contiguous_format
 
     def forward(self, x):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        return self._conv_forward(x.to(dtype), self.weight / 255, self.bias)
+        return self._conv_forward(x.to(dtype, memory_format=self.memory_format), self.weight / 255, self.bias)
 
 
 class Agent(nn.Module):
@@ -364,7 +369,7 @@ class Agent(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Adaptive Batch Scaling and PPO: pure functions
+# Adaptive Batch Scaling and targets: pure functions
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -698,10 +703,7 @@ def evaluate_and_record(network, args, device, run_dir):
     limits = (args.max_episode_steps, args.sticky_action_probability)
     statistics = {}
     if args.eval_episodes:
-        print(
-            f"evaluating {args.eval_episodes} games of {args.env_id} {'greedily' if args.eval_greedy else 'by sampling'}",
-            flush=True,
-        )
+        print(f"evaluating {args.eval_episodes} games of {args.env_id}{', greedily' * args.eval_greedy}", flush=True)
         statistics = evaluate(network, args.env_id, args.eval_episodes, *settings, args.env_threads, *limits)
         write_json(run_dir / "eval.json", statistics)
         rounded = {name: round(value, 3) for name, value in statistics.items() if isinstance(value, float)}
@@ -840,7 +842,7 @@ def check_args(args):
 MAY_CHANGE = set(
     "device torch_deterministic track wandb_project_name wandb_entity capture_video video_episodes eval_episodes eval_epsilon "
     "eval_greedy eval_only model checkpoint_interval resume auto_resume compile cudagraphs microbatch_size env_pools "
-    "env_threads torch_threads".split()
+    "env_threads torch_threads memory_format".split()
 )
 
 
@@ -1034,8 +1036,11 @@ def bfloat16_is_fast(device):
     return bool(has_faster_avx512 or capabilities.get("amx_bf16"))
 
 
-def speed_up(network, precision, device, use_compile=False):
-    """Makes the encoder compute in `precision` and compiles; weights, heads, targets and optimizer stay float32."""
+def speed_up(network, precision, device, use_compile=False, memory_format="auto"):
+    """Makes the encoder compute in `precision` with features in `memory_format`, and compiles. Weights, heads, targets and
+    optimizer stay float32."""
+    if memory_format == "channels_last" or (memory_format == "auto" and device.type == "cpu" and precision == "float32"):
+        network.encoder[0].memory_format = torch.channels_last
     if precision == "bfloat16":
         network.encoder.forward = torch.autocast(device.type, torch.bfloat16)(network.encoder.forward)
     if use_compile:
@@ -1129,7 +1134,9 @@ if __name__ == "__main__":
             if not given(name):
                 setattr(args, name, getattr(trained, name))
         received_signals.append(0)  # a signal need not wait
-        evaluate_and_record(speed_up(network, args.precision, device), args, device, Path(args.model).parent)
+        evaluate_and_record(
+            speed_up(network, args.precision, device, memory_format=args.memory_format), args, device, Path(args.model).parent
+        )
         sys.exit()
 
     # Adaptive Batch Scaling
@@ -1166,8 +1173,8 @@ if __name__ == "__main__":
     num_actions = pools[0].num_actions
 
     # Network
-    network = speed_up(Agent(num_actions).to(device), args.precision, device, args.compile)
-    old_network = speed_up(Agent(num_actions).to(device), args.precision, device, args.compile)
+    network = speed_up(Agent(num_actions).to(device), args.precision, device, args.compile, args.memory_format)
+    old_network = speed_up(Agent(num_actions).to(device), args.precision, device, args.compile, args.memory_format)
     learning_rate = torch.tensor(args.learning_rate, device=device) if args.cudagraphs else args.learning_rate
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, eps=1e-5, foreach=True, capturable=args.cudagraphs)
     act_step = partial(act, network)

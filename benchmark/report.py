@@ -73,7 +73,7 @@ FAMILIES = {
 NO_MATTER = set(
     "device torch_deterministic track wandb_project_name wandb_entity capture_video video_episodes eval_episodes eval_epsilon "
     "eval_greedy eval_only model checkpoint_interval resume auto_resume compile cudagraphs microbatch_size env_pools "
-    "env_threads torch_threads exp_name env_id seed log_noise_scale".split()
+    "env_threads torch_threads memory_format exp_name env_id seed log_noise_scale".split()
 )
 ADAPTATION = re.compile(
     "adapt_(interval|signal)|rollout_(length_min|length_max|smoothing)|(divergence|kl|noise_scale)_.*|schedule|"
