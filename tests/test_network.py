@@ -123,7 +123,7 @@ def test_bfloat16_is_close_to_float32(script):
     """The faster precision agrees on Q-values to 3 % and gradients to 10 %; weights and Q-values stay float32."""
     plain, obs = network(script), frames(32)
     fast = script.speed_up(copy.deepcopy(plain), "bfloat16", torch.device("cpu"))
-    same = script.speed_up(copy.deepcopy(plain), "float32", torch.device("cpu"))
+    same = script.speed_up(copy.deepcopy(plain), "float32", torch.device("cpu"), memory_format="contiguous")
     with torch.no_grad():
         expected, q_values = plain(obs), fast(obs)
         assert torch.equal(same(obs), expected)

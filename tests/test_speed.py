@@ -8,6 +8,7 @@ import platform
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -96,6 +97,78 @@ def test_bfloat16_stays_near_float32(script):
     result = outputs(script, network, batch[0])
     assert result.dtype == torch.float32
     assert 0 < relative_error(result, outputs(script, fresh_network(script), batch[0])) < 0.03
+
+
+DISTINCT_NETWORKS = [*DIFFERENT_LEARNERS, MODULES["pqn_l_abs_atari.py"]]
+
+
+@pytest.mark.parametrize("script", DISTINCT_NETWORKS, ids=lambda script: script.__name__)
+def test_memory_formats_compute_the_same(script):
+    """Outputs, losses and gradients, also after the layer norms have learned to tell channels, rows and columns apart."""
+    plain = fresh_network(script)
+    for layer in plain.modules():
+        if isinstance(layer, torch.nn.LayerNorm):
+            torch.nn.init.normal_(layer.weight, 1.0, 0.5)
+            torch.nn.init.normal_(layer.bias, 0.0, 0.5)
+    other = script.speed_up(copy.deepcopy(plain), "float32", torch.device("cpu"), memory_format="channels_last")
+    assert relative_error(outputs(script, other, minibatch(script)[0]), outputs(script, plain, minibatch(script)[0])) < 1e-5
+    gradient, logs = gradients_and_logs(script, plain, *minibatch(script))
+    other_gradient, other_logs = gradients_and_logs(script, other, *minibatch(script))
+    assert relative_error(other_gradient, gradient) < 1e-4
+    torch.testing.assert_close(other_logs, logs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("script", DISTINCT_NETWORKS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    "memory_format, precision, device, expected",
+    [
+        ("auto", "float32", "cpu", torch.channels_last),
+        ("auto", "bfloat16", "cpu", torch.contiguous_format),
+        ("auto", "float32", "cuda", torch.contiguous_format),
+        ("contiguous", "float32", "cpu", torch.contiguous_format),
+        ("channels_last", "bfloat16", "cpu", torch.channels_last),
+        ("channels_last", "float32", "cuda", torch.channels_last),
+    ],
+)
+def test_features_keep_the_memory_format(script, memory_format, precision, device, expected):
+    """From the first convolution to the last, gradients too: no layer gives back another layout, which would cost copies."""
+    network = script.speed_up(fresh_network(script), precision, torch.device(device), memory_format=memory_format)
+    observations = minibatch(script, 5)[0]
+    layouts = []
+
+    def note(module, inputs, output):
+        layouts.append(output.is_contiguous(memory_format=expected))
+        output.register_hook(lambda gradient: layouts.append(gradient.is_contiguous(memory_format=expected)))
+
+    flatten = next(i for i, layer in enumerate(network.encoder) if isinstance(layer, torch.nn.Flatten))
+    for layer in network.encoder[:flatten]:
+        layer.register_forward_hook(note)
+    network.encoder(observations).sum().backward()
+    layouts.pop(flatten)  # the gradient that comes first, from what is flat
+    assert len(layouts) == 2 * flatten - 1 and all(layouts)
+
+
+@pytest.mark.parametrize("script", ["pqn_abs_atari.py", "ppo_abs_atari.py", "gns_batch_atari.py"])
+@pytest.mark.parametrize(
+    "flags, expected", [([], True), (["--memory-format", "contiguous"], False)], ids=["auto", "contiguous"]
+)
+def test_scripts_use_the_memory_format(script, flags, expected, run_here, monkeypatch):
+    """The networks that act, learn, measure and, later, only evaluate."""
+    layouts, flatten = [], torch.nn.Flatten.forward
+
+    def forward(self, x):
+        layouts.append(x.is_contiguous(memory_format=torch.channels_last))
+        return flatten(self, x)
+
+    monkeypatch.setattr(torch.nn.Flatten, "forward", forward)
+    small = "--env-id Pong-v5 --num-envs 4 --num-steps 16 --total-timesteps 128 --adapt-interval 1 --rollout-length-max 16"
+    flags = [*flags, "--device", "cpu", "--precision", "float32", "--eval-episodes", "1", "--max-episode-steps", "8"]
+    assert run_here(script, *small.split(), *flags).returncode == 0
+    assert len(layouts) > 32 and set(layouts) == {expected}
+    layouts.clear()
+    model = str(next(Path("runs").glob("*/model.pt")))
+    assert run_here(script, "--eval-only", "--model", model, *flags).returncode == 0
+    assert layouts and set(layouts) == {expected}
 
 
 @pytest.mark.parametrize(

@@ -28,16 +28,16 @@ DIFFERENT = {
         "Args.divergence_min Args.divergence_max Args.schedule Args.divergence_window Args.divergence_warmup "
         "Args.log_noise_scale".split()
     )
-    | {"Args # Adaptive Batch Scaling", "header: Adaptive Batch Scaling and Q(lambda): pure functions"}
+    | {"Args # Adaptive Batch Scaling", "header: Adaptive Batch Scaling and targets: pure functions"}
     | {"main: Adaptive Batch Scaling", "main: The gradient noise scale", "main: Adaptive Batch Scaling: how many"},
     "ppo_abs_atari.py": set(
-        "docstring QNetwork q_lambda_returns greedy_actions act LOSSES compute_gradient update linear_schedule evaluate "
-        "load_model record_video evaluate_and_record check_args speed_up "
-        "Args.seed Args.learning_rate Args.anneal_lr Args.q_lambda Args.update_epochs Args.max_grad_norm Args.start_e "
-        "Args.end_e Args.exploration_fraction Args.adapt_rollout Args.adapt_signal Args.adapt_interval Args.divergence_min "
-        "Args.divergence_max Args.schedule Args.reference_batch_size Args.log_noise_scale Args.eval_epsilon".split()
+        "docstring LayerNormCHW QNetwork q_lambda_returns greedy_actions act LOSSES compute_gradient update "
+        "linear_schedule evaluate load_model record_video evaluate_and_record check_args Args.anneal_lr Args.q_lambda "
+        "Args.update_epochs Args.max_grad_norm Args.start_e Args.end_e Args.exploration_fraction Args.adapt_rollout "
+        "Args.adapt_signal Args.adapt_interval Args.divergence_min Args.divergence_max Args.schedule "
+        "Args.reference_batch_size Args.log_noise_scale Args.eval_epsilon".split()
     )
-    | {"Args # PQN", "header: Adaptive Batch Scaling and Q(lambda): pure functions"}
+    | {"Args # PQN"}
     | {"main: Network", "main: Storage", "main: Rollout", "main: Targets", "main: Update"}
     | {"main: Adaptive Batch Scaling: how many"},
 }
