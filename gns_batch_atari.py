@@ -1079,13 +1079,12 @@ if __name__ == "__main__":
         if args.env_id != trained.env_id and given("env_id"):
             fail(f"--model {args.model} was trained on {trained.env_id}, not on {args.env_id}; leave --env-id out")
         # Another precision would be another policy, other games would have another score
-        for name in ("precision", "env_id", "seed", "max_episode_steps", "sticky_action_probability"):
+        for name in "precision memory_format env_id seed max_episode_steps sticky_action_probability".split():
             if not given(name):
                 setattr(args, name, getattr(trained, name))
         received_signals.append(0)  # a signal need not wait
-        evaluate_and_record(
-            speed_up(network, args.precision, device, memory_format=args.memory_format), args, device, Path(args.model).parent
-        )
+        network = speed_up(network, args.precision, device, memory_format=args.memory_format)
+        evaluate_and_record(network, args, device, Path(args.model).parent)
         sys.exit()
 
     # Batch by gradient noise scale

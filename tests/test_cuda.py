@@ -23,10 +23,10 @@ PQN = "pqn_abs_atari.py"
 # Another length at almost every iteration, from 4 to 16, in steps of 2
 MOVING = "--adapt-signal time --adapt-interval 1 --rollout-smoothing 1".split()
 SPEED = {"default": [], "cudagraphs": ["--cudagraphs"], "compile": ["--compile"], "float32": ["--precision", "float32"]}
-SPEED["both"] = ["--cudagraphs", "--compile"]
+SPEED |= {"both": ["--cudagraphs", "--compile"], "channels_last": ["--memory-format", "channels_last"]}
 # A run may be continued in another way; where there is nothing, in the same
 THEN = {"default": ["--device", "cpu"], "cudagraphs": ["--device", "cpu"], "float32": ["--cudagraphs"], "compile": []}
-THEN["both"] = ["--no-cudagraphs", "--no-compile"]
+THEN |= {"both": ["--no-cudagraphs", "--no-compile"], "channels_last": ["--memory-format", "contiguous"]}
 
 
 def run(script, *arguments, cwd):
@@ -70,15 +70,15 @@ def test_stopped_and_resumed(script, speed, tmp_path):
 
 @pytest.mark.parametrize("script", ["pqn_abs_atari.py", "ppo_abs_atari.py"])
 def test_ways_to_compute_agree(script, tmp_path):
-    """The losses of five iterations with random actions, in float32: CUDA graphs and compilation against plain steps."""
+    """The losses of five iterations with random actions, in float32: CUDA graphs, compilation and layout."""
     five = *SIZE, 160, "--no-adapt-rollout", "--num-steps", 4
     random = ["--start-e", 1, "--end-e", 1] if script == PQN else ["--learning-rate", 1e-7]
     curves = {}
-    for speed in ("float32", "cudagraphs", "compile", "both"):
+    for speed in ("float32", "cudagraphs", "compile", "both", "channels_last"):
         (tmp_path / speed).mkdir()
         run(script, *five, *random, "--precision", "float32", *SPEED[speed], cwd=tmp_path / speed)
         curves[speed] = losses(next(tmp_path.glob(f"{speed}/runs/*")))
-    for speed in ("cudagraphs", "compile", "both"):
+    for speed in ("cudagraphs", "compile", "both", "channels_last"):
         for name in ("losses/td_loss", "losses/value_loss", "losses/entropy", "losses/grad_norm"):
             if name in curves["float32"]:
                 assert len(curves["float32"][name]) == 5
@@ -86,11 +86,13 @@ def test_ways_to_compute_agree(script, tmp_path):
 
 
 @learners
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("precision, error", [("float32", 1e-2), ("bfloat16", 0.15)])  # cuDNN's float32 may be TF32
-def test_the_gpu_computes_what_the_cpu_computes(script, precision, error):
+def test_the_gpu_computes_what_the_cpu_computes(script, precision, error, memory_format):
     """Outputs, loss and gradient of the same network on the same data."""
     plain, plain_logs = gradients_and_logs(script, fresh_network(script), *minibatch(script))
-    network = script.speed_up(fresh_network(script).to(DEVICE), precision, torch.device(DEVICE))
+    network = fresh_network(script).to(DEVICE)
+    network = script.speed_up(network, precision, torch.device(DEVICE), memory_format=memory_format)
     batch = minibatch(script, device=DEVICE)
     gradient, logs = gradients_and_logs(script, copy.deepcopy(network) if precision == "float32" else network, *batch)
     assert relative_error(gradient.cpu(), plain) < error
