@@ -104,6 +104,8 @@ class Args:
     # PQN
     total_timesteps: int = 20_000_000
     """length of training in agent steps over all environments; no rollout is begun that would exceed it"""
+    schedule_timesteps: int = 0
+    """agent steps over which all schedules in time run; 0 is total-timesteps (the first, where a run is extended)"""
     learning_rate: float = 2.5e-4
     """learning rate of the optimizer"""
     anneal_lr: bool = False
@@ -155,8 +157,8 @@ class Args:
     eval_epsilon: float = 0.0
     """share of random actions in evaluation and videos"""
     eval_only: bool = False
-    """if toggled, evaluate --model and exit, on its game, with its precision, seed, time limit and sticky actions where no
-    flag gives others; eval.json beside the model is written anew"""
+    """if toggled, evaluate --model and exit, on its game, with its precision, memory format, seed, time limit and sticky
+    actions where no flag gives others; eval.json beside the model is written anew"""
     model: str = ""
     """path of the model.pt for --eval-only"""
 
@@ -181,9 +183,9 @@ class Args:
     microbatch_size: int = 0
     """samples per forward and backward pass, whose gradients add up; 0: all on CUDA, 256 on the CPU (128 in float32)"""
     env_pools: int = 0
-    """emulate the games in this many groups, each while the network acts for the others; 0 is 2 on CUDA and 1 on the CPU"""
+    """emulate the games in this many groups, each while the network acts for the others; 0: 2 on CUDA (1 if odd), else 1"""
     env_threads: int = 0
-    """threads of the emulator; 0 is one per core granted to this process"""
+    """threads of the emulator, for each group of games; 0 is one per core granted to this process"""
     torch_threads: int = 0
     """threads of PyTorch on the CPU; 0 is one per core granted to this process"""
 
@@ -317,7 +319,10 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
 
 class PixelConv2d(nn.Conv2d):
     """Convolution of pixels 0..255 (uint8) as if scaled to [0, 1]: it divides the weights instead, which costs nothing.
-    The layout of its output in memory, which the layers after it keep, is self.memory_format."""
+
+    Its output lies in self.memory_format, and so do the features after it. The weights and with them the gradients, unlike
+    after network.to(memory_format=...), stay contiguous, as parameters_to_vector wants them.
+    """
 
     memory_format = torch.contiguous_format
 
@@ -328,7 +333,7 @@ class PixelConv2d(nn.Conv2d):
 
 
 class LayerNormCHW(nn.LayerNorm):
-    """LayerNorm over channels, height and width: nn.LayerNorm, which would copy channels_last features twice."""
+    """nn.LayerNorm over channels, height and width, without the two copies that it would make of channels_last features."""
 
     def forward(self, x):
         if not x.is_contiguous(memory_format=torch.channels_last):
@@ -727,7 +732,7 @@ def check_args(args):
     at_least = dict.fromkeys("num_envs num_steps total_timesteps num_minibatches update_epochs adapt_interval".split(), 1)
     at_least |= dict.fromkeys("rollout_length_min noise_scale_window reference_batch_size video_episodes".split(), 1)
     at_least |= dict.fromkeys("seed noise_scale_warmup eval_episodes checkpoint_interval microbatch_size".split(), 0)
-    at_least |= dict.fromkeys("env_pools env_threads torch_threads".split(), 0)
+    at_least |= dict.fromkeys("schedule_timesteps env_pools env_threads torch_threads".split(), 0)
     at_least |= {"max_episode_steps": 2}
     for name, bound in at_least.items():
         if getattr(args, name) < bound:
@@ -769,6 +774,8 @@ def check_args(args):
         fail(f"{processes} processes, but {gpus} GPUs here; use torchrun --nproc_per_node={gpus} or --device cpu")
     if args.eval_only and not args.model:
         fail("--eval-only needs --model runs/<run>/model.pt")
+    if args.eval_only and world_size > 1:
+        fail("--eval-only works with one process only; start it with python, not torchrun")
     if args.model and not args.eval_only:
         fail("--model is for --eval-only; add that, or leave --model out to train")
     if args.eval_only and args.eval_episodes < 1:
@@ -804,7 +811,7 @@ def save_checkpoint(run_dir, content):
     except OSError as e:
         print(f"warning: cannot write {path} ({e.strerror}); training goes on without this checkpoint", file=sys.stderr)
         return
-    for old in sorted(run_dir.glob("checkpoint_*.pt"))[:-2]:
+    for old in sorted(run_dir.glob("checkpoint_*.pt"), key=os.path.getmtime)[:-2]:  # a damaged one may be of a later step
         old.unlink(missing_ok=True)
 
 
@@ -878,6 +885,8 @@ def find_run(args):
         if changed:
             was = ", ".join(f"--{n.replace('_', '-')} (was {getattr(saved, n)}, not {getattr(args, n)})" for n in changed)
             fail(f"--resume continues a run with its own arguments; leave out {was}")
+        if extended:
+            args.schedule_timesteps = args.schedule_timesteps or saved.total_timesteps
         if not os.access(run_dir, os.W_OK):
             fail(f"--resume writes to {run_dir}, which is read-only; copy the run to where you may write")
         if not claim(run_dir):
@@ -892,6 +901,8 @@ def find_run(args):
             same = saved and all(getattr(args, n) in ("auto", getattr(saved, n)) for n in names)
             if same and not claim(run_dir):
                 fail(f"{run_dir} has the same arguments and {in_use}")
+            if same and (run_dir / "diverged.json").exists():
+                fail(f"{run_dir} has the same arguments and diverged; --resume continues it from before, or remove it")
             checkpoint = load_checkpoint(run_dir) if same else None
             if checkpoint:
                 args.precision = saved.precision
@@ -999,8 +1010,8 @@ def speed_up(network, precision, device, use_compile=False, memory_format="auto"
 
 def keep_freed_memory():
     """Has glibc keep what tensors on the CPU free for those of the next minibatch, instead of giving it back to the system,
-    which clears every page anew. The environment variables MALLOC_..._THRESHOLD_ go first."""
-    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
+    which clears every page anew. Where the environment sets up malloc in any way, that stands instead."""
+    if platform.libc_ver()[0] == "glibc" and not any(n.startswith(("MALLOC_", "GLIBC_TUNABLES")) for n in os.environ):
         ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum of 32 MiB: larger tensors are given back
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
@@ -1141,7 +1152,7 @@ if __name__ == "__main__":
     # Progress, or where the checkpoint left it
     global_step = iteration = 0
     recent_returns = deque(maxlen=100)
-    schedule_timesteps = args.total_timesteps
+    schedule_timesteps = args.schedule_timesteps or args.total_timesteps
     if checkpoint:
         try:
             network.load_state_dict(checkpoint["weights"])
@@ -1169,9 +1180,9 @@ if __name__ == "__main__":
     if world_size > 1:
         dist.broadcast_object_list(folder := [run_dir])
         run_dir = folder[0]
-    threads = f"{torch.get_num_threads()} PyTorch and {env_threads} emulator threads" + f", {world_size} processes" * (
-        world_size > 1
-    )
+    threads = f"{torch.get_num_threads()} PyTorch and {sum(min(env_threads, e.num_envs) for e in pools)} emulator threads"
+    if world_size > 1:
+        threads += f", {world_size} processes"
     print(
         f"{args.env_id} on {device.type} ({args.precision}, {threads}), {sum(p.numel() for p in network.parameters()):,} "
         f"parameters, batches of {args.num_envs * shortest:,} to {args.num_envs * longest:,} samples in multiples of "
@@ -1328,6 +1339,8 @@ if __name__ == "__main__":
             writer.add_scalar(f"losses/{name}", loss, global_step)
         if not math.isfinite(sum(losses)):
             writer.close()
+            if rank == 0:
+                write_json(run_dir / "diverged.json", {"global_step": global_step})
             fail(f"the loss is no longer finite at step {global_step}; a lower --learning-rate may help ({run_dir})", code=1)
 
         # Batch by gradient noise scale: how long should the next rollouts be? And how many greedy actions did this one change?
@@ -1335,8 +1348,8 @@ if __name__ == "__main__":
             start = time.perf_counter()
             states = b_weights.nonzero().squeeze(1)
             states = states[torch.randperm(len(states), generator=reference_rng, device=device)]
-            states = states[: max(1, args.reference_batch_size // world_size)]
-            new_actions, old_actions = greedy_actions(network, b_obs[states]), greedy_actions(old_network, b_obs[states])
+            states = b_obs[states[: max(1, args.reference_batch_size // world_size)]]
+            new_actions, old_actions = greedy_actions(network, states), greedy_actions(old_network, states)
             divergences.append(reduce_numbers([behavioral_divergence(new_actions, old_actions)])[0])
             num_measurements += 1
             mean_divergence = sum(divergences) / len(divergences)
@@ -1395,6 +1408,7 @@ if __name__ == "__main__":
             print(f"stopped by a signal at step {global_step:,}; to continue: {' '.join(command)}", flush=True)
             writer.close()
             if world_size > 1:
+                dist.barrier()  # torchrun would stop the first process while it saves as soon as another has ended
                 dist.destroy_process_group()
             sys.exit(128 + int(stop))
 
@@ -1408,6 +1422,7 @@ if __name__ == "__main__":
         sys.exit()
     writer.flush()
     save_checkpoint(run_dir, state)
+    (run_dir / "eval.json").unlink(missing_ok=True)  # of the model before, where this run was extended
     save_model(network, args, global_step, run_dir / "model.pt")
     if received_signals:  # it came where no iteration was left to notice it
         stop_at_once(received_signals[0])

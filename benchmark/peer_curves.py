@@ -54,7 +54,10 @@ def main():
     parser.add_argument("--peer", type=Path, nargs="+", required=True, help="run folders of the peer")
     parser.add_argument("--out", type=Path, required=True, help="the files to write, without .csv and .png")
     args = parser.parse_args()
-    if not can_write(args.out.resolve().parent):
+    folders = [folder.resolve() for folder in args.ours + args.peer]
+    if len(set(folders)) < len(folders):
+        sys.exit("error: a run is given twice; give each seed's folder once")
+    if not can_write(args.out.resolve().parent) or any(Path(f"{args.out}.{kind}").is_dir() for kind in ("csv", "png")):
         sys.exit(f"error: cannot write {args.out}.csv; choose a name in a folder that exists and that you may write to")
     runs = [(who, folder, *read_run(folder)) for who in ("ours", "peer") for folder in getattr(args, who)]
     lengths = {total for *_, total, _ in runs}

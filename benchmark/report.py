@@ -169,9 +169,9 @@ def read_run(folder, window=0.02, points=200):
         row["script"] = args["exp_name"] + (".py" if args["exp_name"] + ".py" in FAMILIES else "")
     total, step = args["total_timesteps"], int(max(scalars["abs/rollout_length"][0]))
     row |= {"env_id": args["env_id"], "seed": args["seed"], "step": step, "total_timesteps": total, "note": ""}
+    row["diverged_before"] = (folder / "diverged.json").exists()
 
     evaluation, error = read_json(folder / "eval.json")
-    evaluated_step = max(scalars["eval/mean"][0]) if "eval/mean" in scalars else step
     longest = args["rollout_length_max"] if args["adapt_rollout"] else args["num_steps"]
     losses = [points for name, points in scalars.items() if name.startswith("losses/")]
     infinite = [int(s[~np.isfinite(v)].min()) for s, v in losses if not np.isfinite(v).all()]
@@ -182,10 +182,8 @@ def read_run(folder, window=0.02, points=200):
         written = datetime.fromtimestamp(written).strftime("%Y-%m-%d %H:%M")
         note = f"step {step:,} of {total:,} ({step / total:.0%}), last event {written}"
         row |= {"state": "unfinished", "note": note}
-    elif error or "mean" not in evaluation:
+    elif error or not isinstance(evaluation, dict) or not isinstance(evaluation.get("mean"), int | float):
         row |= {"state": "not evaluated", "note": f"trained to the end, but {error or 'eval.json holds no mean'}"}
-    elif evaluated_step < step:
-        row |= {"state": "not evaluated", "note": f"eval.json is of step {evaluated_step:,}, training went on to {step:,}"}
     else:
         row["state"] = "finished"
         row |= {"score": evaluation["mean"], "hns": evaluation.get("human_normalized_score")}
@@ -218,6 +216,8 @@ def signal_of(args):
 def settings_of(args):
     """The settings of a run that matter for its result."""
     settings = {name: value for name, value in args.items() if name not in NO_MATTER}
+    if not settings.get("schedule_timesteps"):
+        settings.pop("schedule_timesteps", None)  # total_timesteps, as in runs of older scripts
     if not args["adapt_rollout"]:
         return {name: value for name, value in settings.items() if not ADAPTATION.fullmatch(name)}
     if not args.get("scale_epochs"):
@@ -262,9 +262,9 @@ def name_variants(scripts, all_args):
     return names
 
 
-def read_runs(paths, window, jobs):
-    """Table of all runs, args and settings of each variant, and curves of all runs that count."""
-    folders = find_runs(paths)
+def read_runs(paths, window, jobs, out=None):
+    """Table of all runs, args and settings of each variant, and curves of all runs that count. The folder `out` is no run."""
+    folders = [folder for folder in find_runs(paths) if not out or folder.resolve() != out.resolve()]
     if not folders:
         sys.exit(f"error: no runs in {', '.join(map(str, paths))}; give a folder such as runs/")
     with ProcessPoolExecutor(jobs) if jobs > 1 else contextlib.nullcontext() as pool:
@@ -453,7 +453,7 @@ def comparison_pairs(variants):
         elif signals[1] == "fixed":
             yield a, b
         elif signals[0] == "ABS" and bounds(variants[a]) == bounds(variants[b]):
-            if signals[1] != "ABS" or ("," in b and "," not in a):
+            if signals[1] != "ABS" or set(a.split(", ")) < set(b.split(", ")):
                 yield a, b
 
 
@@ -866,21 +866,34 @@ def find_warnings(runs, finished, scored, variants):
     if len(diverged):
         names = "; ".join(f"{v} ({runs_word(n)})" for v, n in diverged["variant"].value_counts().items())
         lines.append(f"Diverged and without a score, so that the scores are those of the runs that did not: {names}.")
+    again = finished[finished["diverged_before"].astype(bool)]
+    if len(again):
+        lines.append(
+            f"Diverged once and continued from before, so that the score is a selected one: {', '.join(again['run'])}."
+        )
+    same_but_precision = {}
+    for name, variant in variants.items():
+        key = variant["script"], json.dumps(settings_of(variant["args"]) | {"precision": ""}, sort_keys=True)
+        same_but_precision.setdefault(key, []).append(name)
+    for names in same_but_precision.values():
+        own = counting[counting["variant"].isin(names)]
+        if len(names) > 1 and not own.duplicated(["env_id", "seed"]).any():
+            lines.append(
+                f"No seed in common: {' and '.join(names)} differ in precision only. If --precision auto chose so, on "
+                "different machines, give all the same --precision."
+            )
     unknown = counting[counting["source"] == "unknown"]
     if len(unknown):
         lines.append(
             f"Unknown version: {len(unknown)} of {len(counting)} runs have no versions.json; their script is the exp_name."
         )
-    compared_scripts = finished["script"].replace("gns_batch_atari.py", "pqn_abs_atari.py")  # as comparison_pairs does
-    for _, own in finished.groupby(compared_scripts, sort=False):
-        for column in ("eval_policy", "eval_episodes"):
-            if own[column].nunique() > 1:
-                values = own[column].value_counts()
-                text = ", ".join(
-                    f"{value if isinstance(value, str) else int(value)} ({runs_word(n)})" for value, n in values.items()
-                )
-                scripts = " and ".join(own["script"].unique())
-                lines.append(f"Evaluated differently: {scripts} have {column} {text}.")
+    for column in ("eval_policy", "eval_episodes"):
+        if finished[column].nunique() > 1:
+            values = []
+            for value, own in finished.groupby(column):
+                scripts = ", ".join(own["script"].unique())
+                values.append(f"{value if isinstance(value, str) else int(value)} ({runs_word(len(own))} of {scripts})")
+            lines.append(f"Evaluated differently, {column}: {'; '.join(values)}.")
     alike = finished[2 * finished["distinct_games"] < finished["eval_episodes"]]
     if len(alike):
         low, high = (f"{n:.0f}" for n in (alike["distinct_games"].min(), alike["distinct_games"].max()))
@@ -1006,13 +1019,15 @@ def main():
     args = parser.parse_args()
     if args.reps < 1 or args.jobs < 1 or not 0 < args.window <= 1:
         sys.exit("error: --reps and --jobs must be 1 or more, and --window in (0, 1]")
-    if args.out.exists() and (not args.out.is_dir() or (any(args.out.iterdir()) and not (args.out / "report.md").exists())):
+    earlier = args.out / "report.md"
+    earlier = earlier.read_text(errors="replace") if earlier.is_file() else ""
+    if args.out.exists() and (not args.out.is_dir() or (any(args.out.iterdir()) and not earlier.startswith("# Report\n"))):
         sys.exit(f"error: {args.out} exists and is no earlier report; choose another --out")
     parent = next(p for p in [args.out.resolve(), *args.out.resolve().parents] if p.exists())
     if not can_write(parent):
         sys.exit(f"error: cannot write to {parent}; choose another --out")
     plt.rcParams.update(FONTS)
-    runs, variants, curves = read_runs(args.runs, args.window, args.jobs)
+    runs, variants, curves = read_runs(args.runs, args.window, args.jobs, args.out)
     finished = runs[runs["state"] == "finished"]
     scored = finished.dropna(subset="hns")
     games = per_game(finished)
@@ -1022,14 +1037,23 @@ def main():
     notes = find_warnings(runs, finished, scored, variants) + notes + more_notes
 
     with tempfile.TemporaryDirectory() as temporary:  # so that a failure leaves nothing half-written
-        folder = Path(temporary)
-        csvs = {"scores": runs, "games": games, "aggregates": totals, "improvement": by_game, "comparisons": compared}
+        folder = Path(temporary) / "report"
+        folder.mkdir()  # with the usual permissions, which copytree copies
+        csvs = {
+            "scores": runs.astype(dict.fromkeys(("seed", "step", "total_timesteps"), "Int64")),
+            "games": games,
+            "aggregates": totals,
+            "improvement": by_game,
+            "comparisons": compared,
+        }
         csvs["profiles"] = profile
         for name, table in (csvs | {"curves": curves[["run", "step", *(c for c in CURVES if c in curves)]]}).items():
             table.to_csv(folder / f"{name}.csv", index=False, float_format="%.4g" if name == "curves" else "%.6g")
         figures = draw_figures(folder / "figures", runs, variants, curves, by_game, compared, profile, args.reps)
         write_report(folder, runs, variants, (games, totals, compared), figures, notes, args.reps, args.window)
-        shutil.rmtree(args.out / "figures", ignore_errors=True)
+        for name in set(re.findall(r"\]\(figures/(\w+)\.png\)", earlier)):
+            for path in (args.out / "figures").glob(f"{name}.*"):
+                path.unlink()
         shutil.copytree(folder, args.out, dirs_exist_ok=True)
     for note in notes:
         print(f"warning: {note}")

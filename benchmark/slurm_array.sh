@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs a list of jobs as a Slurm array, one task per line, each of them requeued until it has finished:
+# Runs a list of jobs as a Slurm array, one task per line (a simple command, without cd or &&), each of them requeued until it
+# has finished:
 #
 #     benchmark/atari10.sh > jobs.txt
 #     sbatch --gpus=1 --array=1-$(wc -l < jobs.txt)%8 benchmark/slurm_array.sh jobs.txt
@@ -21,7 +22,7 @@ echo "$(date): $command"
 
 # USR1 comes two minutes before the time limit: the script is asked to save, and this task queues again. TERM comes from scancel
 # and preemption, and may come to this shell alone: a task that was cancelled must not come back, a preempted one Slurm requeues.
-eval "exec $command" &
+eval "exec env $command" &
 trap 'interrupted=yes at_limit=yes; kill -TERM $! 2>/dev/null' USR1
 trap 'interrupted=yes; kill -TERM $! 2>/dev/null' TERM
 interrupted=yes

@@ -122,7 +122,7 @@ def main():
     common = f"--env-id {args.env_id} --num-envs 128 --num-minibatches 4 --total-timesteps {args.steps}"
     commands = {}
     for script in args.scripts:
-        longest = 128 if script.startswith(("pqn_l_", "pqn_xl_")) else 64
+        longest = 128 if Path(script).name.startswith(("pqn_l_", "pqn_xl_")) else 64
         for length in dict.fromkeys(str(longest) if n == "max" else n for n in args.lengths):
             name, flags = f"L = {length}", f"--no-adapt-rollout --num-steps {length}"
             if length == "moving":

@@ -70,6 +70,7 @@ BAD_ARGUMENTS = [
     ("--eval-episodes -1", "--eval-episodes -1"),
     ("--video-episodes 0", "--video-episodes 0"),
     ("--env-threads -1", "--env-threads -1"),
+    ("--schedule-timesteps -1", "--schedule-timesteps -1"),
     ("--torch-threads -1", "--torch-threads -1"),
     ("--microbatch-size -1", "--microbatch-size -1"),
     ("--seed -1", "--seed -1"),
@@ -232,6 +233,16 @@ def test_more_processes_than_gpus(script, run_here, tmp_path, monkeypatch):
     is_one_helpful_line(run_here(script, "--device", "cpu", "--model", "x"), "--eval-only")  # the next check
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     is_one_helpful_line(run_here(script, "--model", "x"), "--eval-only")
+    assert list(tmp_path.iterdir()) == []
+
+
+@distinct_scripts
+def test_evaluation_is_for_one_process(script, run_here, tmp_path, monkeypatch):
+    """Under torchrun all would play the same games and write the same file."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run_here(script, "--eval-only", "--model", "model.pt")
+    assert result.returncode == 2
+    is_one_helpful_line(result, "not torchrun")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -195,7 +195,7 @@ def test_slurm_requeues_what_has_saved_at_the_limit(tmp_path, program, event, af
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "task").write_text(TASK.format(after_term=after_term, at_end=at_end))
-    (tmp_path / "jobs.txt").write_text(f"false\n{program} task 'two words'\nfalse\n")
+    (tmp_path / "jobs.txt").write_text(f"false\nSOME=thing {program} task 'two words'\nfalse\n")
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "SLURM_ARRAY_JOB_ID": "70",

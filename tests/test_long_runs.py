@@ -205,6 +205,18 @@ def test_damaged_checkpoint(copy, damage, tmp_path):
     assert_curves_are_whole(run_dir)
 
 
+def test_a_damaged_checkpoint_is_none_of_the_last_two(tmp_path):
+    """One that a run has gone on without, from the one before, goes away, though it is of a later step."""
+    for age, step in ((20, 100), (10, 200)):
+        MODULES[PQN].save_checkpoint(tmp_path, {"global_step": step})
+        os.utime(tmp_path / f"checkpoint_{step:012d}.pt", (time.time() - age,) * 2)
+    (tmp_path / f"checkpoint_{200:012d}.pt").write_bytes(b"")
+    os.utime(tmp_path / f"checkpoint_{200:012d}.pt", (time.time() - 5,) * 2)
+    MODULES[PQN].save_checkpoint(tmp_path, {"global_step": 150})
+    MODULES[PQN].save_checkpoint(tmp_path, {"global_step": 190})
+    assert [load(path)["global_step"] for path in checkpoints(tmp_path)] == [150, 190]
+
+
 def test_computing_in_another_way(copy, tmp_path):
     """A checkpoint of a run with --cudagraphs, whose optimizer works in another way, goes on where there is no GPU."""
     script, run_dir = copy
@@ -339,6 +351,35 @@ def test_what_runs_it_may_change_but_not_unseen(copy, tmp_path):
             assert "source (was 0123456789ab), torch (was 2.11.0)" in warnings[0] and "envpool" not in warnings[0]
 
 
+@pqn_only
+def test_an_extended_run_is_another_than_a_long_one(copy, tmp_path):
+    """Since its schedules are those of the first total, --auto-resume with the larger total starts a run of its own; and what
+    an extension does not evaluate has no evaluation, least of all that of the run before."""
+    script, run_dir = copy
+    assert run_script(script, "--resume", run_dir, "--eval-episodes", 2, cwd=tmp_path).returncode == 0
+    assert (run_dir / "eval.json").exists()
+    extension = ("--total-timesteps", 2600, "--eval-episodes", 0)
+    assert run_script(script, "--resume", run_dir, *extension, cwd=tmp_path).returncode == 0
+    assert not (run_dir / "eval.json").exists()
+    arguments = (*SIZE, 2600, "--checkpoint-interval", 100, "--auto-resume", "--eval-episodes", 0)
+    result = run_script(script, *arguments, cwd=tmp_path)
+    assert result.returncode == 0 and "continuing" not in result.stdout and len(list(tmp_path.glob("runs/*"))) == 2
+
+
+@pytest.mark.parametrize("script", DISTINCT)
+def test_a_run_that_diverges(script, tmp_path):
+    """One line and exit code 1; a list of jobs that is submitted again does not try until the luck is better."""
+    arguments = (*SIZE, 2400, "--learning-rate", 1e30, "--auto-resume")
+    result = run_script(script, *arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert re.fullmatch(r"error: the loss is no longer finite at step \d+; a lower --learning-rate .*\n", result.stderr)
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert json.loads((run_dir / "diverged.json").read_text())["global_step"] > 0
+    again = run_script(script, *arguments, cwd=tmp_path)
+    assert again.returncode == 2 and len(again.stderr.splitlines()) == 1 and "diverged" in again.stderr
+    assert list(tmp_path.glob("runs/*")) == [run_dir]
+
+
 @pytest.mark.parametrize("script", [PQN, "ppo_abs_atari.py"])
 def test_extension_keeps_the_schedules(script, tmp_path):
     """A finished run goes on with a larger total; epsilon and learning rate stay on the first run's lines, as a line says."""
@@ -347,6 +388,7 @@ def test_extension_keeps_the_schedules(script, tmp_path):
     assert run_script(script, *SIZE, 1000, *flags, cwd=tmp_path).returncode == 0
     (run_dir,) = tmp_path.glob("runs/*")
     result = run_script(script, "--resume", run_dir, "--total-timesteps", 2500, cwd=tmp_path)
+    assert json.loads((run_dir / "args.json").read_text())["schedule_timesteps"] == 1000
     line = "schedules stay those of the first 1,000 steps" + ", so the learning rate is 0 from there on" * anneals
     assert result.returncode == 0 and line in result.stdout.splitlines(), result.stderr
     scalars = assert_curves_are_whole(run_dir)
@@ -596,6 +638,30 @@ def test_sigterm_through_torchrun(tmp_path):
     output, _ = again.communicate(timeout=60)
     assert f"continuing at step {step:,}" in output and load(checkpoints(run_dir)[-1])["global_step"] > step
     assert_curves_are_whole(run_dir)
+
+
+SLOW_TO_SAVE = """
+import os, runpy, sys, time
+import torch.distributed as dist
+gather, replace = dist.all_gather_object, os.replace
+dist.all_gather_object = lambda *a: (time.sleep(2.5), gather(*a))
+os.replace = lambda *a: (time.sleep(4), replace(*a))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_first_process_has_time_to_save(tmp_path):
+    """SIGTERM to one process: the others wait until the first has saved, since torchrun stops all as soon as one has ended."""
+    (tmp_path / "slow.py").write_text(SLOW_TO_SAVE)
+    process = start(PQN, *SIZE, 10**6, cwd=tmp_path, command=(*TORCHRUN, str(tmp_path / "slow.py")))
+    wait_for(lambda: list(tmp_path.glob("runs/*/events*")), process)
+    time.sleep(2)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[0]), signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert "stopped by a signal" in output and len(checkpoints(run_dir)) == 1
 
 
 def test_processes_must_share_evenly(tmp_path, run_here, monkeypatch):

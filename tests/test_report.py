@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -305,6 +306,12 @@ def test_names_of_variants():
     assert names == ["PQN ABS 16-64"] + ["PQN ABS 16-64, divergence_window 1"] * 3
     names = labels((pqn, {"gamma": 0.9}), (pqn, {"gamma": 0.9}), (pqn, {"gamma": 0.8}))  # no run has the default
     assert names == ["PQN ABS 16-64"] * 2 + ["PQN ABS 16-64, gamma 0.8"]
+    # a run that was extended has the schedules of its first total
+    names = labels((pqn, {}), (pqn, {}), (pqn, {"schedule_timesteps": 5_000_000}))
+    assert names == ["PQN ABS 16-64"] * 2 + ["PQN ABS 16-64, schedule_timesteps 5,000,000"]
+    new = dataclasses.asdict(PQN.Args())
+    old = {name: value for name, value in new.items() if name != "schedule_timesteps"}  # of a script that did not know it
+    assert report.name_variants([pqn, pqn], [new, old]) == ["PQN ABS 16-64"] * 2
 
 
 def test_who_is_compared_with_whom():
@@ -328,6 +335,17 @@ def test_who_is_compared_with_whom():
     assert [(a, b) for a, b in pairs if "float32" in a + b] == [(fixed, "PQN fixed 32, precision float32")]
 
 
+def test_options_are_compared_at_each_budget():
+    """Also at the one that is not the plain name's."""
+    pqn = "pqn_abs_atari.py"
+    small = {"total_timesteps": 1000}
+    runs = [(pqn, {}), (pqn, {"scale_epochs": True}), (pqn, small), (pqn, small | {"scale_epochs": True})]
+    all_args = [dataclasses.asdict(MODULES[script].Args(**settings)) for script, settings in runs]
+    names = labels(*runs)
+    variants = {name: {"script": pqn, "args": args} for name, args in zip(names, all_args, strict=True)}
+    assert set(report.comparison_pairs(variants)) == {(names[0], names[1]), (names[2], names[3])}
+
+
 @pytest.mark.parametrize("folder", ["nothing", "missing"])
 def test_nothing_to_report(folder, tmp_path):
     """One line, and no half of a report."""
@@ -344,6 +362,35 @@ def test_a_folder_of_something_else_is_kept(tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     result = make_report(tmp_path / "runs", tmp_path / "mine", code=1)
     assert "choose another --out" in result.stderr and [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_report_of_somebody_else_is_kept(tmp_path):
+    """A report.md of another kind is no earlier report; in an earlier one only what that had drawn is replaced, and who may
+    read the folder stays."""
+    make_run(tmp_path / "runs")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.md").write_text("my thesis")
+    assert "choose another --out" in make_report(tmp_path / "runs", tmp_path / "mine", code=1).stderr
+    assert (tmp_path / "mine" / "report.md").read_text() == "my thesis"
+    out = tmp_path / "runs" / "report"
+    out.mkdir(mode=0o755)
+    make_report(tmp_path / "runs", out)
+    (old,) = (out / "figures").glob("batch_*.png")
+    (out / "figures" / "hand.png").write_text("mine")
+    shutil.copy(old, out / "figures" / "batch_gone.png")
+    (out / "report.md").write_text((out / "report.md").read_text().replace(old.name, "batch_gone.png"))
+    make_report(tmp_path / "runs", out)
+    assert (out / "figures" / "hand.png").exists() and not (out / "figures" / "batch_gone.png").exists()
+    assert out.stat().st_mode & 0o777 == 0o755
+    assert len(pd.read_csv(out / "scores.csv")) == 1  # the report itself is no run
+
+
+def test_large_numbers_stay_whole(tmp_path):
+    """Seeds and steps, though an unreadable folder has none."""
+    make_run(tmp_path / "runs", seed=4_294_967_295)
+    (tmp_path / "runs" / "junk").mkdir()
+    make_report(tmp_path / "runs", tmp_path / "report")
+    assert ",4294967295," in (tmp_path / "report" / "scores.csv").read_text()
 
 
 def test_a_gap_is_no_curve():
@@ -389,15 +436,38 @@ def test_versions_of_another_form(tmp_path):
     assert "Unknown version: 1 of 1 runs" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_scripts_that_are_compared_are_evaluated_alike(tmp_path):
-    """PQN and the rival share comparisons, so an evaluation that differs between them is named."""
+@pytest.mark.parametrize("script", ["gns_batch_atari.py", "pqn_xl_abs_atari.py"])
+def test_scripts_that_are_compared_are_evaluated_alike(script, tmp_path):
+    """All scripts stand in one table of aggregates, so an evaluation that differs between them is named."""
     make_run(tmp_path / "runs")
-    other = make_run(tmp_path / "runs", script="gns_batch_atari.py")
+    other = make_run(tmp_path / "runs", script=script)
     evaluation = json.loads((other / "eval.json").read_text())
     (other / "eval.json").write_text(json.dumps(evaluation | {"epsilon": 0.01}))
     make_report(tmp_path / "runs", tmp_path / "report")
     report_text = (tmp_path / "report" / "report.md").read_text()
-    assert "* Evaluated differently: gns_batch_atari.py and pqn_abs_atari.py have eval_policy" in report_text
+    policies = f"epsilon 0.0 (1 run of pqn_abs_atari.py); epsilon 0.01 (1 run of {script})"
+    assert f"* Evaluated differently, eval_policy: {policies}." in report_text
+
+
+def test_a_run_that_diverged_and_went_on_is_named(tmp_path):
+    """Its curves no longer show it, but its score is that of another trial."""
+    first, second = (make_run(tmp_path / "runs", seed=seed) for seed in (1, 2))
+    (second / "diverged.json").write_text('{"global_step": 50000}')
+    make_report(tmp_path / "runs", tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert f"Diverged once and continued from before, so that the score is a selected one: {second.name}." in text
+
+
+def test_seeds_split_by_precision_are_named(tmp_path):
+    """Two machines that chose differently leave each variant with a part of the seeds; a comparison on purpose has all."""
+    for seed, precision in ((1, "float32"), (2, "float32"), (3, "bfloat16")):
+        make_run(tmp_path / "runs", seed=seed, precision=precision)
+    make_report(tmp_path / "runs", tmp_path / "report")
+    split = "No seed in common: PQN ABS 16-64 and PQN ABS 16-64, precision bfloat16 differ in precision only."
+    assert split in (tmp_path / "report" / "report.md").read_text()
+    make_run(tmp_path / "runs", seed=1, precision="bfloat16", at=1)
+    make_report(tmp_path / "runs", tmp_path / "report")
+    assert "No seed in common" not in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_unequal_seeds(tmp_path):
@@ -479,6 +549,7 @@ def test_peer_curves(tmp_path):
     assert cv2.imread(str(tmp_path / "two.png")).std() > 1
     command = [sys.executable, script, "--ours", ours[0], "--peer", *peer, "--out", tmp_path / "one"]
     assert "no interval" in subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    (tmp_path / "folder.csv").mkdir()
     short = make_cleanrl_run(tmp_path / "short", 10, speed=300, steps=BUDGET // 2)
     long = make_cleanrl_run(tmp_path / "long", 10, speed=300, last_game=BUDGET // 2)
     for theirs, out, word in (
@@ -486,6 +557,8 @@ def test_peer_curves(tmp_path):
         (long, "c", "last tenth"),
         (tmp_path / "none", "c", "none"),
         (peer[0], "none/c", "write"),
+        (peer[0], "folder", "write"),
+        (ours[0], "c", "twice"),
     ):
         code, lines = tool(script, "--ours", ours[0], "--peer", theirs, "--out", tmp_path / out)
         assert code == 1 and len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0]
