@@ -369,9 +369,11 @@ def test_every_argument_is_documented(script):
 
 @distinct_scripts
 def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path):
-    """A run that diverges says when and stops; its arguments and curves stay, a useless model is not saved."""
+    """A run that diverges says when and stops; its arguments and curves stay, a useless model is not saved. --auto-resume,
+    as in a list of jobs that is submitted again, does not try until the luck is better."""
     size = "--num-envs 4 --rollout-length-min 4 --rollout-length-max 4 --num-minibatches 2 --total-timesteps 4000".split()
-    result = run_script(script, *size, "--learning-rate", "1e30", "--env-id", "Pong-v5", "--eval-episodes", 1, cwd=tmp_path)
+    arguments = (*size, "--learning-rate", "1e30", "--env-id", "Pong-v5", "--eval-episodes", 1, "--auto-resume")
+    result = run_script(script, *arguments, cwd=tmp_path)
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
     step = int(re.search(r"step (\d+)", result.stderr)[1])
@@ -381,13 +383,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path):
     assert sorted(p.name for p in run_dir.iterdir() if not p.name.startswith("events.")) == [
         ".lock",
         "args.json",
+        "diverged.json",
         script,
         "versions.json",
     ]
+    assert json.loads((run_dir / "diverged.json").read_text()) == {"global_step": step}
     events = EventAccumulator(str(run_dir)).Reload()
     last_points = {name: events.Scalars(name)[-1] for name in events.Tags()["scalars"] if name.startswith("losses/")}
     assert {point.step for point in last_points.values()} == {step}
     assert not all(math.isfinite(point.value) for point in last_points.values())
+    again = run_script(script, *arguments, cwd=tmp_path)
+    assert again.returncode == 2 and len(again.stderr.splitlines()) == 1 and "and diverged" in again.stderr
+    assert list((tmp_path / "runs").iterdir()) == [run_dir]
 
 
 @scripts

@@ -366,20 +366,6 @@ def test_an_extended_run_is_another_than_a_long_one(copy, tmp_path):
     assert result.returncode == 0 and "continuing" not in result.stdout and len(list(tmp_path.glob("runs/*"))) == 2
 
 
-@pytest.mark.parametrize("script", DISTINCT)
-def test_a_run_that_diverges(script, tmp_path):
-    """One line and exit code 1; a list of jobs that is submitted again does not try until the luck is better."""
-    arguments = (*SIZE, 2400, "--learning-rate", 1e30, "--auto-resume")
-    result = run_script(script, *arguments, cwd=tmp_path)
-    assert result.returncode == 1
-    assert re.fullmatch(r"error: the loss is no longer finite at step \d+; a lower --learning-rate .*\n", result.stderr)
-    (run_dir,) = tmp_path.glob("runs/*")
-    assert json.loads((run_dir / "diverged.json").read_text())["global_step"] > 0
-    again = run_script(script, *arguments, cwd=tmp_path)
-    assert again.returncode == 2 and len(again.stderr.splitlines()) == 1 and "diverged" in again.stderr
-    assert list(tmp_path.glob("runs/*")) == [run_dir]
-
-
 @pytest.mark.parametrize("script", [PQN, "ppo_abs_atari.py"])
 def test_extension_keeps_the_schedules(script, tmp_path):
     """A finished run goes on with a larger total; epsilon and learning rate stay on the first run's lines, as a line says."""
