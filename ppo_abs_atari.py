@@ -1213,7 +1213,7 @@ if __name__ == "__main__":
         except (RuntimeError, ValueError):
             fail(f"{run_dir} holds another network; resume it with the script that began it")
         global_step, iteration, num_measurements = (checkpoint[n] for n in ("global_step", "iteration", "num_measurements"))
-        rollout_length, schedule_timesteps = checkpoint["rollout_length"], checkpoint["schedule_timesteps"]
+        rollout_length = checkpoint["rollout_length"]
         for name, kept in (("divergences", divergences), ("noise_scales", noise_scales), ("recent_returns", recent_returns)):
             kept.extend(checkpoint[name])
         for generator, random_state in zip((rng, reference_rng), checkpoint["random_states"][rank], strict=True):
@@ -1291,7 +1291,6 @@ if __name__ == "__main__":
             "divergences": list(divergences),
             "noise_scales": list(noise_scales),
             "recent_returns": list(recent_returns),
-            "schedule_timesteps": schedule_timesteps,
             "finished": finished,
         }
 

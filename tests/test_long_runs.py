@@ -218,7 +218,8 @@ def test_a_damaged_checkpoint_is_none_of_the_last_two(tmp_path):
 
 
 def test_computing_in_another_way(copy, tmp_path):
-    """A checkpoint of a run with --cudagraphs, whose optimizer works in another way, goes on where there is no GPU."""
+    """A checkpoint of a run with --cudagraphs, whose optimizer works in another way, goes on where there is no GPU, and in
+    another memory format."""
     script, run_dir = copy
     for path in checkpoints(run_dir):
         content = load(path)
@@ -226,7 +227,7 @@ def test_computing_in_another_way(copy, tmp_path):
         torch.save(content | {"args": content["args"] | {"cudagraphs": True}}, path)
     args = json.loads((run_dir / "args.json").read_text())
     (run_dir / "args.json").write_text(json.dumps(args | {"cudagraphs": True}))
-    result = run_script(script, "--resume", run_dir, cwd=tmp_path)
+    result = run_script(script, "--resume", run_dir, "--memory-format", "channels_last", cwd=tmp_path)
     assert result.returncode == 0 and not result.stderr, result.stderr
     group = load(checkpoints(run_dir)[-1])["optimizer"]["param_groups"][0]
     assert group["capturable"] is False and isinstance(group["lr"], float)

@@ -248,6 +248,8 @@ def test_doubtful_runs_are_named(tmp_path):
     (damaged / "args.json").write_text('{"env_id": "Po')
     no_score = make_run(runs, "Pong", 8)
     (no_score / "eval.json").unlink()
+    null_score = make_run(runs, "Pong", 9)
+    (null_score / "eval.json").write_text('{"mean": null}')
     double = make_run(runs, "Pong", 1, steps=30_000, at=50)  # begun again after the sound one
     make_report(runs, tmp_path / "report")
     scores = pd.read_csv(tmp_path / "report" / "scores.csv").set_index("run")
@@ -260,6 +262,7 @@ def test_doubtful_runs_are_named(tmp_path):
         (empty, "unreadable"),
         (damaged, "unreadable"),
         (no_score, "not evaluated"),
+        (null_score, "not evaluated"),
     ]:
         assert states[run.name] == state, (run.name, states[run.name])
     games = pd.read_csv(tmp_path / "report" / "games.csv").set_index("env_id")
@@ -621,3 +624,15 @@ def test_throughput_leaves_what_it_measured(monkeypatch, tmp_path):
     assert emulator["steps_per_second"] == 1000 and script["name"] == "pqn_abs_atari.py, L = 16"
     expected = {"steps_per_second": 200, "lowest": 100, "highest": 300, "of_emulator": 0.2, "learning": 0.3}
     assert expected.items() <= script.items()
+
+
+def test_throughput_knows_the_longest_rollout(monkeypatch, tmp_path):
+    """However a script is named."""
+    commands = []
+    monkeypatch.setattr(throughput, "run_script", lambda command: commands.append(command) or sys.exit("error: stopped"))
+    monkeypatch.setattr(throughput, "measure_envpool", lambda *arguments, **options: [900.0, 1000.0, 1100.0])
+    options = ["--scripts", "./pqn_xl_abs_atari.py", "--lengths", "max", "--out", str(tmp_path / "speed.csv")]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *options])
+    with pytest.raises(SystemExit, match="stopped"):
+        throughput.main()
+    assert "--num-steps 128" in " ".join(map(str, commands[0]))

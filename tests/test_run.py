@@ -291,6 +291,7 @@ def test_speed_options_change_nothing_but_speed(script, start):
     random = () if script == "ppo_abs_atari.py" else ("--end-e", 1)
     options = ("--no-adapt-rollout", "--num-steps", 16, *random, "--precision", "float32", *SHORT)
     plain, fast = start(*options), start(*options, "--env-pools", 2, "--microbatch-size", 12)
+    assert ("1 emulator threads" in plain.result.stdout) and ("2 emulator threads" in fast.result.stdout)
     for name in (*LOSSES[script][:3], "losses/grad_norm"):
         assert plain.values(name) == pytest.approx(fast.values(name), rel=1e-2, abs=1e-4)
     assert plain.scalars["abs/batch_size"] == fast.scalars["abs/batch_size"]

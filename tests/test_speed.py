@@ -153,7 +153,7 @@ def test_features_keep_the_memory_format(script, memory_format, precision, devic
     "flags, expected", [([], True), (["--memory-format", "contiguous"], False)], ids=["auto", "contiguous"]
 )
 def test_scripts_use_the_memory_format(script, flags, expected, run_here, monkeypatch):
-    """The networks that act, learn, measure and, later, only evaluate."""
+    """The networks that act, learn, measure and, later, without the flag, only evaluate."""
     layouts, flatten = [], torch.nn.Flatten.forward
 
     def forward(self, x):
@@ -162,12 +162,12 @@ def test_scripts_use_the_memory_format(script, flags, expected, run_here, monkey
 
     monkeypatch.setattr(torch.nn.Flatten, "forward", forward)
     small = "--env-id Pong-v5 --num-envs 4 --num-steps 16 --total-timesteps 128 --adapt-interval 1 --rollout-length-max 16"
-    flags = [*flags, "--device", "cpu", "--precision", "float32", "--eval-episodes", "1", "--max-episode-steps", "8"]
-    assert run_here(script, *small.split(), *flags).returncode == 0
+    common = ["--device", "cpu", "--precision", "float32", "--eval-episodes", "1", "--max-episode-steps", "8"]
+    assert run_here(script, *small.split(), *common, *flags).returncode == 0
     assert len(layouts) > 32 and set(layouts) == {expected}
     layouts.clear()
     model = str(next(Path("runs").glob("*/model.pt")))
-    assert run_here(script, "--eval-only", "--model", model, *flags).returncode == 0
+    assert run_here(script, "--eval-only", "--model", model, *common).returncode == 0
     assert layouts and set(layouts) == {expected}
 
 
