@@ -26,6 +26,9 @@ the settings of adaptation where the rollout is fixed. Definitions:
   has; improvement.csv and its figures, game by game, with all seeds.
 * Intervals: 95 % stratified bootstrap (percentile) over seeds, for which at least two seeds are needed. They are about these
   games, not about others.
+* p: two-sided permutation test of the mean difference in HNS between A and B, which holds with few seeds too. It is the share
+  of all ways to deal the runs of each game out to A and B, as many to each as they have, that differ by at least as much; of
+  20,000 random ways where there are more. Not corrected for the number of comparisons.
 * Probability of improvement of A over B: mean over their common games of the probability that a run of A scores higher than
   a run of B (ties count half).
 * Improvement of A over B in a game: 100 * (HNS of A - HNS of B) / max(1, HNS of B) percent, the measure of Wang et al.,
@@ -40,7 +43,9 @@ import argparse
 import ast
 import contextlib
 import hashlib
+import itertools
 import json
+import math
 import re
 import shutil
 import sys
@@ -360,6 +365,21 @@ def comparison_functions(x, y):
     return np.array([probability_of_improvement(x, y), (x_mean - y_mean).mean(), improvement])
 
 
+def permutation_p(x, y, most=20_000):
+    """Two-sided p-value of the difference in mean HNS between x (seeds, games) and y (other seeds, same games): permutation
+    test within games, exact for up to `most` ways to permute, otherwise of as many random ones (and the observed one)."""
+    both, n, games = np.concatenate([x, y]), len(x), x.shape[1]
+    if math.comb(len(both), n) ** games <= most:
+        chosen = np.array(list(itertools.combinations(range(len(both)), n)))
+        x_sums = both[chosen].sum(axis=1)  # (ways, games)
+        sums = [sum(ways) for ways in itertools.product(*x_sums.T)]
+    else:
+        shuffled = np.random.default_rng(0).permuted(np.broadcast_to(both, (most, *both.shape)), axis=1)
+        sums = [x.sum(), *shuffled[:, :n].sum(axis=(1, 2))]
+    centre = n / len(both) * both.sum()  # the sum of x at which the two means are equal
+    return float(np.mean(np.abs(np.array(sums) - centre) >= abs(x.sum() - centre) - 1e-9))
+
+
 def with_interval(row, names, estimates):
     for name, point, low, high in zip(names, *estimates, strict=True):
         row |= {name: point, f"{name}_low": low, f"{name}_high": high}
@@ -477,7 +497,7 @@ def comparisons(scored, variants, reps):
         row = {"variant": a, "baseline": b, "seeds": len(x), "seeds_baseline": len(y), "games": len(games)}
         row["runs_left_out"] = dropped_x + dropped_y
         names = "probability_of_improvement", "mean_difference", "mean_improvement_percent"
-        rows.append(with_interval(row, names, estimate([x, y], comparison_functions, reps)))
+        rows.append(with_interval(row, names, estimate([x, y], comparison_functions, reps)) | {"p": permutation_p(x, y)})
     return pd.DataFrame(by_game), pd.DataFrame(rows), notes
 
 
@@ -972,13 +992,15 @@ def write_report(folder, runs, variants, tables, figures, notes, reps, window):
             seeds += f"; {runs_word(r['runs_left_out'])} left out" if r["runs_left_out"] else ""
             names = "probability_of_improvement", "mean_difference", "mean_improvement_percent"
             cells = [estimate_text(r, n) for n in names]
+            cells.append(f"{r['p']:.3f}" if r["p"] >= 0.001 else "<0.001")
             rows.append([r["variant"], r["baseline"], seeds, r["games"], *cells])
         header = ["A", "B", "seeds", "games", "probability of improvement", "mean difference in HNS", "mean improvement, %"]
         text = f"A over B, over the games they share; {interval}. Improvement in percent divides by the HNS of B where that "
-        lines += [text + "exceeds 1, game by game, so it can differ from the mean difference even in sign.", ""]
+        text += "exceeds 1, game by game, so it can differ from the mean difference even in sign. p: permutation test of the "
+        lines += [text + "mean difference within games, two-sided, not corrected for the number of comparisons.", ""]
         if (compared["probability_of_improvement_low"] == compared["probability_of_improvement_high"]).any():
             lines += ["A probability of 0 or 1 has an interval without width: the bootstrap cannot see beyond its seeds.", ""]
-        lines += [markdown(header, rows), ""]
+        lines += [markdown([*header, "p"], rows), ""]
     else:
         lines += ["None: no two comparable variants have finished runs of one game.", ""]
 

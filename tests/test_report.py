@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from conftest import MODULES, ROOT
 from rliable import metrics
+from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -154,11 +155,28 @@ def test_comparisons(study):
     assert own.mean_improvement_percent_low < 70 < own.mean_improvement_percent_high
     other = rows.loc[("PQN ABS 16-32", "PQN fixed 32")]
     assert other.probability_of_improvement == pytest.approx(0.5) and math.isnan(other.mean_difference_low)
+    assert own.p == pytest.approx(1 / 20_001, rel=1e-4)  # of 6^10 ways, two differ as much as the observed one
+    assert other.p == 1
     games = table(study, "improvement")
     assert len(games) == 20 and set(games.seeds_baseline) == {2}
     x, y = np.array([[0.1, 2.0], [0.3, 1.0]]), np.array([[0.2, 1.0], [0.2, 3.0], [0.3, 0.0]])
     assert report.probability_of_improvement(x, y) == pytest.approx(metrics.probability_of_improvement(x, y))
     assert report.relative_improvement(np.array([3.0]), np.array([2.0])) == pytest.approx(50)
+
+
+def test_permutation_p():
+    """SciPy's exact test where there is one game and the groups are equal; all ways counted by hand in two games and with
+    unequal groups; random ways come near to all ways."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(0.5, 1, (4, 1)), rng.normal(0, 1, (4, 1))
+    exact = stats.permutation_test((x[:, 0], y[:, 0]), lambda x, y: np.mean(x) - np.mean(y), n_resamples=np.inf)
+    assert report.permutation_p(x, y) == pytest.approx(exact.pvalue)
+    assert report.permutation_p(np.array([[3.0, 9.0], [4.0, 8.0]]), np.array([[1.0, 2.0], [2.0, 1.0]])) == 2 / 36
+    # Means of one score minus those of the other two: 5 - 1.5, 1 - 3.5, 2 - 3; only the first is as far from 0 as itself
+    assert report.permutation_p(np.array([[5.0]]), np.array([[1.0], [2.0]])) == pytest.approx(1 / 3)
+    assert report.permutation_p(np.array([[2.0]]), np.array([[1.0], [5.0]])) == 1
+    x, y = rng.normal(0.7, 1, (3, 3)), rng.normal(0, 1, (3, 3))
+    assert report.permutation_p(x, y, most=7999) == pytest.approx(report.permutation_p(x, y), abs=0.02)
 
 
 def test_curves(study):

@@ -1,0 +1,138 @@
+"""The README's evidence is what the published measurements say: its figures, computed anew from benchmark/results/."""
+
+import re
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import report  # noqa: E402
+
+STUDY = ROOT / "benchmark" / "results" / "2026-11-21"
+MAIN, DETAILS = ((folder / "README.md").read_text() for folder in (ROOT, STUDY))
+BUDGET = 1_500_000
+GAMES = ["Pong-v5", "Breakout-v5"]
+ABS, CLOCK = "PQN ABS 16-64", "PQN time 16-64"
+LETTER, EPOCHS = f"{ABS}, divergence_warmup 0, divergence_window 1", f"{ABS}, num_steps 32, scale_epochs True"
+FIXED = [f"PQN fixed {n}" for n in (16, 32, 64)]
+# Names in the tables of both READMEs
+ROWS = {"ABS 16-64": ABS, "growth with time, 16-64": CLOCK, "ABS to the letter": LETTER, "ABS, `--scale-epochs`": EPOCHS}
+ROWS |= {name.removeprefix("PQN "): name for name in FIXED}
+
+KEY = ["variant", "env_id", "seed"]
+scores = pd.read_csv(STUDY / "report" / "scores.csv")
+finished = scores[scores["state"] == "finished"].set_index(KEY).sort_index()
+compared = pd.read_csv(STUDY / "report_complete" / "comparisons.csv").set_index(["variant", "baseline"])
+measured = dict(list(pd.read_csv(STUDY / "measurements.csv").groupby("run")))
+
+
+def assert_says(text, words, *values):
+    """The text has these words, and in the place of each {} the value, rounded to as many digits as stand there."""
+    number = r"([-+]?[\d,]*\.?\d+)"
+    found = re.search(re.escape(words).replace(r"\{\}", number), " ".join(text.split()))
+    assert found, words
+    for word, value in zip(found.groups(), values, strict=True):
+        digits = len(word.partition(".")[2])
+        assert abs(float(word.replace(",", "")) - value) <= 0.5 * 10**-digits + 1e-6, f"{words}: {word} for {value}"
+
+
+def row_of(text, name):
+    return next(line for line in text.split("\n") if line.startswith(f"| {name} |"))
+
+
+def runs_of(variant):
+    """The measurements of each finished run of a variant: Breakout, seeds 1 and 2, then Pong."""
+    return [measured[run] for run in finished.loc[variant, "run"]]
+
+
+def tenth(run, column, number):
+    """Mean of what was measured in a tenth of training, from 1 to 10."""
+    return run.loc[(run["step"] > (number - 1) * BUDGET / 10) & (run["step"] <= number * BUDGET / 10), column].mean()
+
+
+def hns(*variants):
+    """Human-normalised scores (runs of these variants in a game, games)."""
+    runs = finished.reset_index().groupby(["variant", "env_id"])["hns"].apply(list)
+    return np.array([sum((runs[v, game] for v in variants), []) for game in GAMES]).T
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_scores(name):
+    """Score of every run, in the detailed table with the standard error from its 100 games."""
+    own = finished.loc[ROWS[name]]
+    values = [own.score[game, seed] for game in GAMES for seed in (1, 2)]
+    errors = [own.score_std_over_games[game, seed] / 99**0.5 for game in GAMES for seed in (1, 2)]
+    assert set(own["eval_episodes"]) == {100}
+    assert_says(row_of(MAIN, name), f"| {name} | {{}} and {{}} | {{}} and {{}} |", *values)
+    row = re.sub(r" \([-\d.]+\)", "", row_of(DETAILS, name))  # without the greedy scores
+    assert_says(row, f"| {name}" + " | {} ± {}" * 4 + " |", *sum(zip(values, errors, strict=True), ()))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_gradient_steps(name):
+    """32 minibatches per epoch, 2 epochs, and with --scale-epochs more beyond 32 steps."""
+    steps = set()
+    for run in runs_of(ROWS[name]):
+        epochs = np.round(run["rollout_length"] / 16).clip(lower=2) if ROWS[name] == EPOCHS else np.full(len(run), 2)
+        steps.add(32 * int(sum(epochs)))
+    ends = sorted({min(steps), max(steps)})
+    assert_says(row_of(MAIN, name), " | " + " to ".join(["{}"] * len(ends)) + " |", *ends)
+
+
+@pytest.mark.parametrize("name", [n for n in ROWS if ROWS[n] != ABS])
+def test_comparisons(name):
+    """ABS minus each other variant, and the probability that it scores higher, with the intervals of the report."""
+    row = compared.loc[(ABS, ROWS[name])]
+    values = [row[n + end] for n in ("mean_difference", "probability_of_improvement") for end in ("", "_low", "_high")]
+    assert_says(row_of(MAIN, name), " | {} ({} to {})" * 2 + " |", *values)
+    assert hns(ABS).mean() - hns(ROWS[name]).mean() == pytest.approx(row["mean_difference"], abs=1e-5)
+
+
+def test_permutation_tests():
+    """Every p-value, also of ABS and its variants taken together."""
+
+    def p(*group):
+        return [report.permutation_p(hns(*group), hns(baseline)) for baseline in (FIXED[2], CLOCK, FIXED[1], FIXED[0])]
+
+    over_64, over_clock, *_ = p(ABS)
+    assert over_64 == pytest.approx(2 / 6**2)  # two of the ways to deal four runs out to two variants, in each of two games
+    assert_says(MAIN, "cannot give a two-sided p-value below {}, which is that of ABS over 64", over_64)
+    assert_says(MAIN, "looks worse, most in Pong, but p = {},", over_clock)
+    assert_says(DETAILS, "permutation test of ABS against 64 gives p = {} (two-sided", over_64)
+    assert_says(DETAILS, "permutation test p = {}. It looks worse", over_clock)
+    together = "(p = {}, exact permutation test); over growth by the clock p = {}, over 32 p = {}, over 16 p = {}."
+    assert_says(MAIN, together, *p(ABS, LETTER, EPOCHS))
+    assert_says(MAIN, "without these four, p = {}, {}, {} and {}.", *p(ABS, LETTER))
+    assert_says(DETAILS, "alone: p = {} over 64, {} over the clock, {} over 32, {} over 16.", *p(ABS, LETTER))
+
+
+def test_divergence():
+    """It falls in all 16 runs of ABS and fixed rollouts, and hardly after the third tenth."""
+    runs = sum(map(runs_of, (ABS, *FIXED)), [])
+    first, third, last = ([tenth(run, "divergence", n) for run in runs] for n in (1, 3, 10))
+    assert len(runs) == 16 and all(b < a for a, b in zip(first, third, strict=True))
+    ends = min(first), max(first), min(third), max(third)
+    assert_says(MAIN, "from {} to {} over the first tenth of training to {} to {} over the third, in all 16 runs", *ends)
+    words = "{} to {} over the first tenth of training, {} to {} over the third, {} to {} over the last"
+    assert_says(DETAILS, words, *ends, min(last), max(last))
+    assert_says(DETAILS, "rises in {} of the 16", sum(b > a for a, b in zip(third, last, strict=True)))
+
+
+@pytest.mark.parametrize("text", [MAIN, DETAILS], ids=["README", "results"])
+def test_rollout_lengths(text):
+    """Where ABS ends."""
+    ends = sorted(run["rollout_length"].iloc[-1] for run in runs_of(ABS))
+    assert_says(text, "In ABS to {}, {}, {} and {} steps, not to 64", *ends)
+
+
+def test_noise_scale():
+    """B_simple in the two runs of ABS that measured it, far below the smallest rollout."""
+    both = [measured[finished.run[ABS, game, 1]]["b_simple"].dropna() for game in GAMES]
+    pong, breakout = (np.percentile(values, [5, 95]) for values in both)
+    assert_says(DETAILS, "between {} and {} samples in Pong and between {} and {} in Breakout", *pong, *breakout)
+    lowest, highest = min(pong[0], breakout[0]), max(pong[1], breakout[1])
+    assert_says(MAIN, "lay between {} and {} samples (5 to 95 % of its points)", lowest, highest)
+    assert highest < 128 * 16
