@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import MODULES, ROOT, SCRIPTS
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import report  # noqa: E402
@@ -136,3 +136,33 @@ def test_noise_scale():
     lowest, highest = min(pong[0], breakout[0]), max(pong[1], breakout[1])
     assert_says(MAIN, "lay between {} and {} samples (5 to 95 % of its points)", lowest, highest)
     assert highest < 128 * 16
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_speed_of_each_script(script):
+    """The first table: parameters with 4 actions, smallest and largest batch, and the measured steps per second."""
+    module = MODULES[script]
+    network = (module.Agent if hasattr(module, "Agent") else module.QNetwork)(4)
+    values = [sum(p.numel() for p in network.parameters()), 128 * 16, 128 * module.Args.rollout_length_max]
+    rates = pd.read_csv(ROOT / "docs" / "speed_one_core.csv", index_col="name")["steps_per_second"]
+    row = next(line for line in MAIN.split("\n") if line.startswith(f"| `{script}` | ") and line.endswith(" |"))
+    assert_says(row, " | {} | {} to {} | {} |", *values, rates[f"{script}, L = 32"])
+
+
+SPEEDS = {"EnvPool alone, random actions": "EnvPool, random actions"}
+SPEEDS |= {f"`pqn_abs_atari.py`, L = {n}": f"pqn_abs_atari.py, L = {n}" for n in (16, 32, 64)}
+SPEEDS["`pqn_abs_atari.py`, L moving from 16 to 64"] = "pqn_abs_atari.py, L = 16 to 64, moving"
+SPEEDS["CleanRL's `pqn_atari_envpool.py`, L = 32"] = "peer pqn_atari_envpool.py, L = 32"
+
+
+@pytest.mark.parametrize("name", SPEEDS)
+def test_throughput(name):
+    """The table of the speed section: rate, range, share of the emulator's rate, and of the scripts times CleanRL, memory."""
+    measured_here = pd.read_csv(ROOT / "docs" / "throughput_cpu.csv", index_col="name")
+    own, rates = measured_here.loc[SPEEDS[name]], measured_here["steps_per_second"]
+    values = [own.steps_per_second, own.lowest, own.highest, 100 * own.steps_per_second / rates["EnvPool, random actions"]]
+    words = f"| {name} | {{}} | {{}} to {{}} | {{}} % |"
+    if own.name.endswith("random actions"):
+        return assert_says(MAIN, words, *values)
+    times_cleanrl = own.steps_per_second / rates["peer pqn_atari_envpool.py, L = 32"]
+    assert_says(MAIN, words + " {} | {} GiB |", *values, times_cleanrl, own.peak_memory_gib)
