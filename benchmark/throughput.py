@@ -3,6 +3,7 @@
     python benchmark/throughput.py                                            # pqn_abs_atari.py on this machine
     python benchmark/throughput.py --peer ../cleanrl/pqn_atari_envpool.py     # and a script with CleanRL's flags, in turn
     python benchmark/throughput.py --scripts *_atari.py --lengths moving      # all scripts, as they run by default
+    python benchmark/throughput.py --flags= --flags=--compile --flags="--compile --precision float32"    # three ways, in turn
 
 Every line is a training run of its own process with the same number of samples and updates (128 environments, 4 minibatches, 2
 epochs, with PPO 4), timed by the wall clock between its TensorBoard points: emulation, inference, learning and logging are all
@@ -14,6 +15,7 @@ after every run, so that a benchmark that is cut short leaves what it has measur
 
 import argparse
 import csv
+import itertools
 import os
 import platform
 import shlex
@@ -99,7 +101,7 @@ def main():
     parser.add_argument("--env-id", default="Breakout-v5", help="the game")
     parser.add_argument("--steps", type=int, default=65536, help="agent steps of each run; on a GPU take 1000000")
     parser.add_argument("--rounds", type=int, default=2, help="how often all runs are repeated, in turn")
-    parser.add_argument("--flags", default="", help='more flags for our scripts, such as "--precision float32"')
+    parser.add_argument("--flags", action="append", help="more flags for our scripts (--flags=...); given again, all are run")
     parser.add_argument("--out", type=Path, default=Path("throughput.csv"), help="the CSV to write")
     args = parser.parse_args()
 
@@ -121,7 +123,7 @@ def main():
     emulator = measure_envpool(args.env_id, 128, min(cores, 128), seconds=20, warmup=3)
     common = f"--env-id {args.env_id} --num-envs 128 --num-minibatches 4 --total-timesteps {args.steps}"
     commands = {}
-    for script in args.scripts:
+    for script, more_flags in itertools.product(args.scripts, args.flags or [""]):
         longest = 128 if Path(script).name.startswith(("pqn_l_", "pqn_xl_")) else 64
         for length in dict.fromkeys(str(longest) if n == "max" else n for n in args.lengths):
             name, flags = f"L = {length}", f"--no-adapt-rollout --num-steps {length}"
@@ -129,8 +131,9 @@ def main():
                 # Through the whole range within the run: the length changes at every iteration
                 name = f"L = 16 to {longest}, moving"
                 flags = f"--rollout-length-max {longest} --adapt-interval 1 --adapt-signal time --rollout-smoothing 1"
-            flags = shlex.split(f"{common} --eval-episodes 0 {flags} {args.flags}")
-            commands[f"{script}, {name}"] = [sys.executable, str(ROOT / script), *flags]
+            flags = shlex.split(f"{common} --eval-episodes 0 {flags} {more_flags}")
+            name = f"{script}, {name}" + f", {more_flags}" * bool(more_flags)
+            commands[name] = [sys.executable, str(ROOT / script), *flags]
     if args.peer:
         peer_name = f"peer {args.peer.name}, L = 32"
         common += " --update-epochs 2 --num-steps 32"
@@ -146,8 +149,9 @@ def main():
                 writer.writeheader()
                 writer.writerows(rows)
 
+    width = max(len(r["name"]) for r in rows)
     for r in [dict(zip(FIELDS, FIELDS, strict=True)), *rows]:
-        print("  ".join(str(r[f]).ljust(44 if f == "name" else max(10, len(f))) for f in FIELDS))
+        print("  ".join(str(r[f]).ljust(width if f == "name" else max(10, len(f))) for f in FIELDS))
     for r in rows[1:-1] if args.peer else []:
         print(f"{r['name']}: {r['steps_per_second'] / rows[-1]['steps_per_second']:.2f} times the speed of the peer")
     print(f"{cores} cores, {platform.machine()}, Python {platform.python_version()}, EnvPool {envpool.__version__}")

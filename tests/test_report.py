@@ -644,6 +644,21 @@ def test_throughput_leaves_what_it_measured(monkeypatch, tmp_path):
     assert expected.items() <= script.items()
 
 
+def test_throughput_compares_flags(monkeypatch, tmp_path):
+    """A line for each set of flags that --flags gives, in turn, and the flags in its name; none for no flags."""
+    commands = []
+    monkeypatch.setattr(throughput, "run_script", lambda command: commands.append(command) or ([100.0, 200.0], None, 1.0))
+    monkeypatch.setattr(throughput, "measure_envpool", lambda *arguments, **options: [1000.0])
+    flags = ["--flags=", "--flags=--compile", "--flags=--precision float32"]
+    options = ["--lengths", "32", "--rounds", "2", *flags, "--out", str(tmp_path / "speed.csv")]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *options])
+    throughput.main()
+    names = list(pd.read_csv(tmp_path / "speed.csv")["name"])
+    script = "pqn_abs_atari.py, L = 32"
+    assert names == ["EnvPool, random actions", script, f"{script}, --compile", f"{script}, --precision float32"]
+    assert [c[-1] for c in commands] == 2 * ["32", "--compile", "float32"]
+
+
 def test_throughput_knows_the_longest_rollout(monkeypatch, tmp_path):
     """However a script is named."""
     commands = []
