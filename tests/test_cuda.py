@@ -1,6 +1,6 @@
 """On a GPU: every script trains, adapts, is stopped, resumed and evaluated, and computes what the CPU computes.
 
-python -m pytest -o addopts= -n 8 --dist worksteal -k cuda tests     # these and test_speed.py's, two cores a worker
+python -m pytest -o addopts= -n 8 --dist worksteal -k cuda tests/test_cuda.py tests/test_speed.py     # two cores a worker
 """
 
 import copy
