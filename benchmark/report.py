@@ -188,7 +188,8 @@ def read_run(folder, window=0.02, points=200):
         note = f"step {step:,} of {total:,} ({step / total:.0%}), last event {written}"
         row |= {"state": "unfinished", "note": note}
     elif error or not isinstance(evaluation, dict) or not isinstance(evaluation.get("mean"), int | float):
-        row |= {"state": "not evaluated", "note": f"trained to the end, but {error or 'eval.json holds no mean'}"}
+        end = "trained to the end" if (folder / "model.pt").exists() else "trained to the end or nearly so"
+        row |= {"state": "not evaluated", "note": f"{end}, but {error or 'eval.json holds no mean'}"}
     else:
         row["state"] = "finished"
         row |= {"score": evaluation["mean"], "hns": evaluation.get("human_normalized_score")}

@@ -138,6 +138,29 @@ def test_noise_scale():
     assert highest < 128 * 16
 
 
+def test_ppo():
+    """Scores of the four runs; in how many decisions, from the tenth measurement on, the mean of the last 20 KLs lay above
+    --kl-max; in how many measurements B_simple exceeded the largest batch; when the rollout left its minimum."""
+    own = pd.concat([finished, pd.read_csv(STUDY / "report_ppo" / "scores.csv").set_index(KEY)]).loc["PPO ABS 16-64"]
+    assert len(own) == 4 and set(own["eval_episodes"]) == {100}
+    results, decisions, exceeds, grown = [], [], [], []
+    for game, seed in [(game, seed) for game in GAMES for seed in (1, 2)]:
+        run = measured[own.run[game, seed]]
+        mean_kl = run["kl"].dropna().rolling(20, min_periods=10).mean().dropna()
+        b_simple = run["b_simple"].dropna()
+        results += [own.score[game, seed], own.score_std_over_games[game, seed] / 99**0.5]
+        decisions += [(mean_kl > 0.003).sum(), len(mean_kl)]
+        exceeds.append((b_simple > 8192).mean())
+        grown.append(run["step"].iloc[-1] - run.loc[run["rollout_length"] == 16, "step"].iloc[-1])
+        assert_says(DETAILS, f"in {(b_simple > 8192).sum()} of {len(b_simple)} measurements")
+        assert_says(DETAILS, f"in {np.isinf(b_simple).sum()} of them without bound")
+    words = "Two runs in Pong (scores {} ± {} and {} ± {}) and two in Breakout ({} ± {} and {} ± {})"
+    assert_says(MAIN, words, *results)
+    assert_says(MAIN, "above `--kl-max` in {} of {}, {} of {}, {} of {} and {} of {} decisions", *decisions)
+    assert_says(MAIN, "exceeded the largest batch of 8,192 in {} to {} % of the", 100 * min(exceeds), 100 * max(exceeds))
+    assert_says(MAIN, "at 16 until the last {} to {} steps", round(min(grown), -3), round(max(grown), -3))
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_speed_of_each_script(script):
     """The first table: parameters with 4 actions, smallest and largest batch, and the measured steps per second."""

@@ -268,6 +268,7 @@ def test_doubtful_runs_are_named(tmp_path):
     (no_score / "eval.json").unlink()
     null_score = make_run(runs, "Pong", 9)
     (null_score / "eval.json").write_text('{"mean": null}')
+    (null_score / "model.pt").touch()
     double = make_run(runs, "Pong", 1, steps=30_000, at=50)  # begun again after the sound one
     make_report(runs, tmp_path / "report")
     scores = pd.read_csv(tmp_path / "report" / "scores.csv").set_index("run")
@@ -288,6 +289,8 @@ def test_doubtful_runs_are_named(tmp_path):
     text = (tmp_path / "report" / "report.md").read_text()
     for run in (older, unfinished, diverged, empty, damaged, no_score, double, other_version):
         assert run.name in text
+    assert f"{no_score.name} | not evaluated | trained to the end or nearly so, but no eval.json" in text
+    assert f"{null_score.name} | not evaluated | trained to the end, but eval.json holds no mean" in text
     assert re.search(r"step 4\d,\d{3} of 100,000 \(4\d%\)", text)  # how far the unfinished one has come
     (mixed,) = [line for line in text.splitlines() if "Mixed versions" in line]
     assert "b" * 12 in mixed and other_version.name in mixed
