@@ -189,3 +189,21 @@ def test_throughput(name):
         return assert_says(MAIN, words, *values)
     times_cleanrl = own.steps_per_second / rates["peer pqn_atari_envpool.py, L = 32"]
     assert_says(MAIN, words + " {} | {} GiB |", *values, times_cleanrl, own.peak_memory_gib)
+
+
+def test_throughput_without_bfloat16():
+    """Two calls on a machine where float32 is the default: rates, and how many times CleanRL's they are."""
+    calm, slow = (pd.read_csv(ROOT / "docs" / f"throughput_cpu_intel{n}.csv", index_col="name") for n in ("", "_slow_hour"))
+    emulator, *lengths, moving, peer = calm["steps_per_second"]
+    words = "EnvPool alone {} steps/s, `pqn_abs_atari.py` {} (L = 16), {} (L = 32), {} (L = 64) and {} (moving), "
+    assert_says(MAIN, words + "CleanRL's script {},", emulator, *lengths, moving, peer)
+    for length in lengths:
+        assert_says(MAIN, "so {} and, moving, {} times CleanRL", length / peer, moving / peer)
+    assert_says(
+        MAIN, "EnvPool alone ranged from {} to {} within the first call", calm["lowest"].iloc[0], calm["highest"].iloc[0]
+    )
+    emulator, fixed, moving, peer = slow["steps_per_second"]
+    assert_says(
+        MAIN, "(EnvPool alone {}) one or two windows each gave {} (L = 32), {} (moving) and {},", *slow["steps_per_second"]
+    )
+    assert_says(MAIN, "so {} and {} times", fixed / peer, moving / peer)
