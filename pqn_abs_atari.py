@@ -189,7 +189,7 @@ class Args:
     cudagraphs: bool = False
     """if toggled, record acting and the gradient step as CUDA graphs (CUDA only)"""
     microbatch_size: int = 0
-    """samples per forward and backward pass, whose gradients add up; 0: all on CUDA, 256 on the CPU (128 in float32)"""
+    """samples per forward and backward pass, whose gradients add up; 0: all on CUDA, 256 on the CPU"""
     env_pools: int = 0
     """emulate the games in this many groups, each while the network acts for the others; 0: 2 on CUDA (1 if odd), else 1"""
     env_threads: int = 0
@@ -337,7 +337,9 @@ class PixelConv2d(nn.Conv2d):
     def forward(self, x):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        return self._conv_forward(x.to(dtype, memory_format=self.memory_format), self.weight / 255, self.bias)
+        if self.memory_format == torch.channels_last:  # one byte per pixel is faster to transpose than four
+            x = torch.stack(x.unbind(1), -1).permute(0, 3, 1, 2)
+        return self._conv_forward(x.to(dtype), self.weight / 255, self.bias)
 
 
 class LayerNormCHW(nn.LayerNorm):
@@ -1160,8 +1162,7 @@ if __name__ == "__main__":
     learning_rate = torch.tensor(args.learning_rate, device=device) if args.cudagraphs else args.learning_rate
     optimizer = torch.optim.RAdam(network.parameters(), lr=learning_rate, foreach=True, capturable=args.cudagraphs)
     act_step = partial(act, network)
-    cpu_size = 256 if args.precision == "bfloat16" else 128
-    microbatch_size = args.microbatch_size or (cpu_size if device.type == "cpu" else 2**31)
+    microbatch_size = args.microbatch_size or (256 if device.type == "cpu" else 2**31)
     gradient_step = partial(compute_gradient, network, microbatch_size=microbatch_size)
     update_step = partial(update, network, optimizer, max_grad_norm=args.max_grad_norm, microbatch_size=microbatch_size)
     if args.cudagraphs:
