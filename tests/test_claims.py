@@ -6,7 +6,9 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import MODULES, ROOT, SCRIPTS
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import report  # noqa: E402
@@ -192,18 +194,57 @@ def test_throughput(name):
 
 
 def test_throughput_without_bfloat16():
-    """Two calls on a machine where float32 is the default: rates, and how many times CleanRL's they are."""
-    calm, slow = (pd.read_csv(ROOT / "docs" / f"throughput_cpu_intel{n}.csv", index_col="name") for n in ("", "_slow_hour"))
-    emulator, *lengths, moving, peer = calm["steps_per_second"]
+    """Three calls on a machine where float32 is the default: rates, how many times CleanRL's they are, and the most that its
+    arithmetic allows."""
+    names = ("", "_earlier", "_slow_hour")
+    calm, earlier, slow = (pd.read_csv(ROOT / "docs" / f"throughput_cpu_intel{n}.csv", index_col="name") for n in names)
+    emulator, *lengths, calm_moving, calm_peer = calm["steps_per_second"]
     words = "EnvPool alone {} steps/s, `pqn_abs_atari.py` {} (L = 16), {} (L = 32), {} (L = 64) and {} (moving), "
-    assert_says(MAIN, words + "CleanRL's script {},", emulator, *lengths, moving, peer)
+    assert_says(MAIN, words + "CleanRL's script {},", emulator, *lengths, calm_moving, calm_peer)
     for length in lengths:
-        assert_says(MAIN, "so {} and, moving, {} times CleanRL", length / peer, moving / peer)
+        assert_says(MAIN, "so {} and, moving, {} times CleanRL", length / calm_peer, calm_moving / calm_peer)
     assert_says(
         MAIN, "EnvPool alone ranged from {} to {} within the first call", calm["lowest"].iloc[0], calm["highest"].iloc[0]
     )
+
+    _, _, fixed, _, moving, peer = earlier["steps_per_second"]
+    words = "with two rounds, {} (L = 32), {} (moving) and {} gave {} and {} times"
+    assert_says(MAIN, words, fixed, moving, peer, fixed / peer, moving / peer)
+
+    observation, network = torch.zeros((1, 4, 84, 84), dtype=torch.uint8), MODULES["pqn_abs_atari.py"].QNetwork(4)
+    with FlopCounterMode(display=False) as acting, torch.no_grad():
+        network(observation)
+    with FlopCounterMode(display=False) as learning:
+        network(observation).sum().backward()
+    operations = acting.get_total_flops() * 33 / 32 + 2 * learning.get_total_flops()  # at L = 32, with 2 epochs
+    times = [operations / 308e9, 1 / emulator]
+    words = "At 308 GFLOP/s, the rate of a large matrix product in float32 there (2,048 x 2,048), the {} MFLOP of a step would take {} ms and "
+    words += "its emulation takes {}, which is {} steps/s or {} times CleanRL if nothing else took any time"
+    assert_says(MAIN, words, operations / 1e6, *(1e3 * t for t in times), 1 / sum(times), 1 / sum(times) / calm_peer)
+
     emulator, fixed, moving, peer = slow["steps_per_second"]
     assert_says(
         MAIN, "(EnvPool alone {}) one or two windows each gave {} (L = 32), {} (moving) and {},", *slow["steps_per_second"]
     )
     assert_says(MAIN, "so {} and {} times", fixed / peer, moving / peer)
+
+
+def test_what_makes_it_fast():
+    """The figures that the choice of precision, layout, microbatches and memory rests on."""
+
+    def rates(name, *rows):
+        measured_here = pd.read_csv(ROOT / "docs" / f"{name}_intel.csv", index_col="name")["steps_per_second"]
+        return [measured_here[row] for row in rows]
+
+    kept, runs = "freed memory kept, run", (1, 2, 3)
+    values = rates("freed_memory", *(f"{p}, {kept} {i}" for p in ("bfloat16", "float32") for i in runs))
+    assert_says(MAIN, "no AMX was not: {}, {} and {} steps/s, float32 {}, {} and {}", *values)
+    given_back = ["bfloat16, freed memory given back", "float32, microbatches of 256, freed memory given back"]
+    bfloat16, float32 = rates("freed_memory", *given_back)
+    assert_says(MAIN, "clear every page anew: {} instead of {} steps/s in bfloat16", values[0], bfloat16)
+    assert_says(MAIN, "microbatches of 128 instead of 256, {} instead of {} in float32", values[3], float32)
+    script = "pqn_abs_atari.py, L = 32"
+    assert_says(MAIN, "(see below), {} and {}, one run each", *rates("flags", f"{script}, --precision bfloat16", script))
+    layouts = [f"{layout}, run {i}" for layout in ("channels_last", "contiguous") for i in (1, 2)]
+    assert_says(MAIN, "there: {} and {} steps/s against {} and {}", *rates("memory_format", *layouts))
+    assert_says(MAIN, "it is {} steps/s instead of {}", *rates("microbatch", "after, L = 32", "before, L = 32"))
