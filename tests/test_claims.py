@@ -218,8 +218,10 @@ def test_throughput_without_bfloat16():
         network(observation).sum().backward()
     operations = acting.get_total_flops() * 33 / 32 + 2 * learning.get_total_flops()  # at L = 32, with 2 epochs
     times = [operations / 308e9, 1 / emulator]
-    words = "At 308 GFLOP/s, the rate of a large matrix product in float32 there (2,048 x 2,048), the {} MFLOP of a step would take {} ms and "
-    words += "its emulation takes {}, which is {} steps/s or {} times CleanRL if nothing else took any time"
+    words = "At 308 GFLOP/s, the rate of a large matrix product in float32 there (2,048 x 2,048), the {} MFLOP of a step "
+    words += (
+        "would take {} ms and its emulation takes {}, which is {} steps/s or {} times CleanRL if nothing else took any time"
+    )
     assert_says(MAIN, words, operations / 1e6, *(1e3 * t for t in times), 1 / sum(times), 1 / sum(times) / calm_peer)
 
     emulator, fixed, moving, peer = slow["steps_per_second"]
