@@ -347,7 +347,7 @@ class PixelConv2d(nn.Conv2d):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
         if self.memory_format == torch.channels_last:  # one byte per pixel is faster to transpose than four
             x = torch.stack(x.unbind(1), -1).permute(0, 3, 1, 2)
-        return self._conv_forward(x.to(dtype), self.weight / 255, self.bias)
+        return self._conv_forward(x.to(dtype, memory_format=self.memory_format), self.weight / 255, self.bias)
 
 
 class Agent(nn.Module):

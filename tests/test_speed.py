@@ -130,10 +130,12 @@ def test_memory_formats_compute_the_same(script):
         ("channels_last", "float32", "cuda", torch.channels_last),
     ],
 )
-def test_features_keep_the_memory_format(script, memory_format, precision, device, expected):
-    """From the first convolution to the last, gradients too: no layer gives back another layout, which would cost copies."""
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_features_keep_the_memory_format(script, memory_format, precision, device, expected, layout):
+    """From the first convolution to the last, gradients too, in whatever layout the observations come: no layer gives back
+    another one, which would cost copies."""
     network = script.speed_up(fresh_network(script), precision, torch.device(device), memory_format=memory_format)
-    observations = minibatch(script, 5)[0]
+    observations = minibatch(script, 5)[0].contiguous(memory_format=layout)
     layouts = []
 
     def note(module, inputs, output):
