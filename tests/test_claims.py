@@ -1,4 +1,4 @@
-"""The README's evidence is what the published measurements say: its figures, computed anew from benchmark/results/."""
+"""The README's evidence is what the published measurements say: its figures, computed anew from benchmark/results and docs."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import report  # noqa: E402
 
 STUDY = ROOT / "benchmark" / "results" / "2026-11-21"
-MAIN, DETAILS = ((folder / "README.md").read_text() for folder in (ROOT, STUDY))
+MAIN, DETAILS, SPEED = (path.read_text() for path in (ROOT / "README.md", STUDY / "README.md", ROOT / "docs" / "speed.md"))
 BUDGET = 1_500_000
 GAMES = ["Pong-v5", "Breakout-v5"]
 ABS, CLOCK = "PQN ABS 16-64", "PQN time 16-64"
@@ -105,9 +105,10 @@ def test_permutation_tests():
     assert_says(MAIN, "looks worse, most in Pong, but p = {},", over_clock)
     assert_says(DETAILS, "permutation test of ABS against 64 gives p = {} (two-sided", over_64)
     assert_says(DETAILS, "permutation test p = {}. It looks worse", over_clock)
-    together = "(p = {}, exact permutation test); over growth by the clock p = {}, over 32 p = {}, over 16 p = {}."
-    assert_says(MAIN, together, *p(ABS, LETTER, EPOCHS))
-    assert_says(MAIN, "without these four, p = {}, {}, {} and {}.", *p(ABS, LETTER))
+    over_64, *others = p(ABS, LETTER, EPOCHS)
+    assert_says(DETAILS, "p = {} (exact permutation test within games)", over_64)
+    for name, value in zip(("growth by the clock", "32:", "16:"), others, strict=True):
+        assert re.search(rf"Over {name} [-+.\d]+, p = {value:.2f}[:.]", " ".join(DETAILS.split())), name
     assert_says(DETAILS, "alone: p = {} over 64, {} over the clock, {} over 32, {} over 16.", *p(ABS, LETTER))
 
 
@@ -151,14 +152,14 @@ def test_ppo():
         mean_kl = run["kl"].dropna().rolling(20, min_periods=10).mean().dropna()
         b_simple = run["b_simple"].dropna()
         results += [own.score[game, seed], own.score_std_over_games[game, seed] / 99**0.5]
-        decisions += [(mean_kl > 0.003).sum(), len(mean_kl)]
+        decisions.append((mean_kl > 0.003).mean())
+        assert_says(DETAILS, f"in {(mean_kl > 0.003).sum()} of {len(mean_kl)} decisions")
         exceeds.append((b_simple > 8192).mean())
         grown.append(run["step"].iloc[-1] - run.loc[run["rollout_length"] == 16, "step"].iloc[-1])
         assert_says(DETAILS, f"in {(b_simple > 8192).sum()} of {len(b_simple)} measurements")
         assert_says(DETAILS, f"in {np.isinf(b_simple).sum()} of them without bound")
-    words = "Two runs in Pong (scores {} ± {} and {} ± {}) and two in Breakout ({} ± {} and {} ± {})"
-    assert_says(MAIN, words, *results)
-    assert_says(MAIN, "above `--kl-max` in {} of {}, {} of {}, {} of {} and {} of {} decisions", *decisions)
+    assert_says(MAIN, "Scores: {} ± {} and {} ± {} in Pong, {} ± {} and {} ± {} in Breakout", *results)
+    assert_says(MAIN, "the rule is fed, in {} to {} % of the decisions", 100 * min(decisions), 100 * max(decisions))
     assert_says(MAIN, "exceeded the largest batch of 8,192 in {} to {} % of the", 100 * min(exceeds), 100 * max(exceeds))
     assert_says(MAIN, "at 16 until the last {} to {} steps", round(min(grown), -3), round(max(grown), -3))
 
@@ -181,35 +182,40 @@ SPEEDS["CleanRL's `pqn_atari_envpool.py`, L = 32"] = "peer pqn_atari_envpool.py,
 
 
 @pytest.mark.parametrize("name", SPEEDS)
-def test_throughput(name):
-    """The table of the speed section: rate, range, share of the emulator's rate, and of the scripts times CleanRL, memory."""
-    measured_here = pd.read_csv(ROOT / "docs" / "throughput_cpu.csv", index_col="name")
+@pytest.mark.parametrize("machine", ["", "_intel"], ids=["AMD", "Intel"])
+def test_throughput(machine, name):
+    """The tables of the speed section: rate, range, share of the emulator's rate, and of the scripts times CleanRL, memory."""
+    measured_here = pd.read_csv(ROOT / "docs" / f"throughput_cpu{machine}.csv", index_col="name")
     own, rates = measured_here.loc[SPEEDS[name]], measured_here["steps_per_second"]
     values = [own.steps_per_second, own.lowest, own.highest, 100 * own.steps_per_second / rates["EnvPool, random actions"]]
+    rows = [line for line in MAIN.split("\n") if line.startswith(f"| {name} |")]
+    row = rows[1 if machine else 0]
     words = f"| {name} | {{}} | {{}} to {{}} | {{}} % |"
     if own.name.endswith("random actions"):
-        return assert_says(MAIN, words, *values)
+        return assert_says(row, words, *values)
     times_cleanrl = own.steps_per_second / rates["peer pqn_atari_envpool.py, L = 32"]
-    assert_says(MAIN, words + " {} | {} GiB |", *values, times_cleanrl, own.peak_memory_gib)
+    assert_says(row, words + " {} | {} GiB |", *values, times_cleanrl, own.peak_memory_gib)
 
 
 def test_throughput_without_bfloat16():
     """Three calls on a machine where float32 is the default: rates, how many times CleanRL's they are, and the most that its
     arithmetic allows."""
     names = ("", "_earlier", "_slow_hour")
-    calm, earlier, slow = (pd.read_csv(ROOT / "docs" / f"throughput_cpu_intel{n}.csv", index_col="name") for n in names)
-    emulator, *lengths, calm_moving, calm_peer = calm["steps_per_second"]
-    words = "EnvPool alone {} steps/s, `pqn_abs_atari.py` {} (L = 16), {} (L = 32), {} (L = 64) and {} (moving), "
-    assert_says(MAIN, words + "CleanRL's script {},", emulator, *lengths, calm_moving, calm_peer)
-    for length in lengths:
-        assert_says(MAIN, "so {} and, moving, {} times CleanRL", length / calm_peer, calm_moving / calm_peer)
-    assert_says(
-        MAIN, "EnvPool alone ranged from {} to {} within the first call", calm["lowest"].iloc[0], calm["highest"].iloc[0]
-    )
-
-    _, _, fixed, _, moving, peer = earlier["steps_per_second"]
-    words = "with two rounds, {} (L = 32), {} (moving) and {} gave {} and {} times"
-    assert_says(MAIN, words, fixed, moving, peer, fixed / peer, moving / peer)
+    calls = [pd.read_csv(ROOT / "docs" / f"throughput_cpu_intel{n}.csv", index_col="name") for n in names]
+    fixed_ratios, moving_ratios = [], []
+    for name, call in zip(names, calls, strict=True):
+        rates = call["steps_per_second"]
+        values = [rates[SPEEDS[row]] for row in SPEEDS if not row.endswith(("L = 16", "L = 64"))]
+        emulator, fixed, moving, peer = values
+        fixed_ratios.append(fixed / peer)
+        moving_ratios.append(moving / peer)
+        row = next(line for line in SPEED.split("\n") if f"(throughput_cpu_intel{name}.csv)" in line)
+        assert_says(row, ") | {} | {} | {} | {} | {} | {} |", *values, fixed_ratios[-1], moving_ratios[-1])
+    ends = calls[0].loc["EnvPool, random actions"]
+    assert_says(SPEED, "EnvPool alone ranged from {} to {} within the first call", ends.lowest, ends.highest)
+    words = "two other calls gave {} and {} times CleanRL at L = 32, {} and {} with L moving"
+    assert_says(MAIN, words, *fixed_ratios[1:], *moving_ratios[1:])
+    emulator, calm_peer = (calls[0]["steps_per_second"].iloc[row] for row in (0, -1))
 
     observation, network = torch.zeros((1, 4, 84, 84), dtype=torch.uint8), MODULES["pqn_abs_atari.py"].QNetwork(4)
     with FlopCounterMode(display=False) as acting, torch.no_grad():
@@ -218,15 +224,9 @@ def test_throughput_without_bfloat16():
         network(observation).sum().backward()
     operations = acting.get_total_flops() * 33 / 32 + 2 * learning.get_total_flops()  # at L = 32, with 2 epochs
     times = [operations / 328e9, 1 / emulator]
-    assert_says(MAIN, "at {} GFLOP/s, the rate of a large matrix product in float32", 328)
+    assert_says(SPEED, "at {} GFLOP/s, the rate of a large matrix product in float32", 328)
     words = "the {} MFLOP of a step would take {} ms and its emulation takes {}, which is {} steps/s or {} times CleanRL if"
-    assert_says(MAIN, words, operations / 1e6, *(1e3 * t for t in times), 1 / sum(times), 1 / sum(times) / calm_peer)
-
-    _, fixed, moving, peer = slow["steps_per_second"]
-    assert_says(
-        MAIN, "(EnvPool alone {}) one or two windows each gave {} (L = 32), {} (moving) and {},", *slow["steps_per_second"]
-    )
-    assert_says(MAIN, "so {} and {} times", fixed / peer, moving / peer)
+    assert_says(SPEED, words, operations / 1e6, *(1e3 * t for t in times), 1 / sum(times), 1 / sum(times) / calm_peer)
 
 
 def test_what_makes_it_fast():
@@ -238,13 +238,13 @@ def test_what_makes_it_fast():
 
     kept, runs = "freed memory kept, run", (1, 2, 3)
     values = rates("freed_memory", *(f"{p}, {kept} {i}" for p in ("bfloat16", "float32") for i in runs))
-    assert_says(MAIN, "no AMX was not: {}, {} and {} steps/s, float32 {}, {} and {}", *values)
+    assert_says(SPEED, "there: {}, {} and {} steps/s in bfloat16, {}, {} and {} in float32", *values)
     given_back = ["bfloat16, freed memory given back", "float32, microbatches of 256, freed memory given back"]
     bfloat16, float32 = rates("freed_memory", *given_back)
-    assert_says(MAIN, "clear every page anew: {} instead of {} steps/s in bfloat16", values[0], bfloat16)
-    assert_says(MAIN, "microbatches of 128 instead of 256, {} instead of {} in float32", values[3], float32)
+    assert_says(SPEED, "clear every page anew: {} instead of {} steps/s in bfloat16", values[0], bfloat16)
+    assert_says(SPEED, "microbatches of 128 instead of 256, {} instead of {} in float32", values[3], float32)
     script = "pqn_abs_atari.py, L = 32"
-    assert_says(MAIN, "(see below), {} and {}, one run each", *rates("flags", f"{script}, --precision bfloat16", script))
+    assert_says(SPEED, "(see below), {} and {}, one run each", *rates("flags", f"{script}, --precision bfloat16", script))
     layouts = [f"{layout}, run {i}" for layout in ("channels_last", "contiguous") for i in (1, 2)]
-    assert_says(MAIN, "there: {} and {} steps/s against {} and {}", *rates("memory_format", *layouts))
-    assert_says(MAIN, "it is {} steps/s instead of {}", *rates("microbatch", "after, L = 32", "before, L = 32"))
+    assert_says(SPEED, "there: {} and {} steps/s against {} and {}", *rates("memory_format", *layouts))
+    assert_says(SPEED, "it is {} steps/s instead of {}", *rates("microbatch", "after, L = 32", "before, L = 32"))
