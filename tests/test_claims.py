@@ -29,6 +29,7 @@ scores = pd.read_csv(STUDY / "report" / "scores.csv")
 finished = scores[scores["state"] == "finished"].set_index(KEY).sort_index()
 compared = pd.read_csv(STUDY / "report_complete" / "comparisons.csv").set_index(["variant", "baseline"])
 measured = dict(list(pd.read_csv(STUDY / "measurements.csv").groupby("run")))
+curves = dict(list(pd.read_csv(STUDY / "report" / "curves.csv").groupby("run")))
 
 
 def assert_says(text, words, *values):
@@ -55,6 +56,25 @@ def tenth(run, column, number):
     return run.loc[(run["step"] > (number - 1) * BUDGET / 10) & (run["step"] <= number * BUDGET / 10), column].mean()
 
 
+def gradient_steps(run, variant):
+    """After each iteration: 32 minibatches per epoch, 2 epochs, and with --scale-epochs more beyond 32 steps."""
+    epochs = np.round(run["rollout_length"] / 16).clip(lower=2) if variant == EPOCHS else np.full(len(run), 2)
+    return 32 * np.cumsum(np.asarray(epochs, dtype=int))
+
+
+def mean_return(variant, game, seed, after, until):
+    """Mean over the points of a run's curve in this part of training, in agent steps."""
+    curve = curves[finished.run[variant, game, seed]]
+    return curve.loc[(curve["step"] > after) & (curve["step"] <= until), "episodic_return"].mean()
+
+
+def early_return(variant, game, seed, steps):
+    """Mean return over 5 % of training, up to so many gradient steps."""
+    run = measured[finished.run[variant, game, seed]]
+    until = run["step"].iloc[np.searchsorted(gradient_steps(run, variant), steps)]
+    return mean_return(variant, game, seed, until - 0.05 * BUDGET, until)
+
+
 def hns(*variants):
     """Human-normalised scores (runs of these variants in a game, games)."""
     runs = finished.reset_index().groupby(["variant", "env_id"])["hns"].apply(list)
@@ -75,11 +95,8 @@ def test_scores(name):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_gradient_steps(name):
-    """32 minibatches per epoch, 2 epochs, and with --scale-epochs more beyond 32 steps."""
-    steps = set()
-    for run in runs_of(ROWS[name]):
-        epochs = np.round(run["rollout_length"] / 16).clip(lower=2) if ROWS[name] == EPOCHS else np.full(len(run), 2)
-        steps.add(32 * int(sum(epochs)))
+    """What a whole run takes."""
+    steps = {int(gradient_steps(run, ROWS[name])[-1]) for run in runs_of(ROWS[name])}
     ends = sorted({min(steps), max(steps)})
     assert_says(row_of(MAIN, name), " | " + " to ".join(["{}"] * len(ends)) + " |", *ends)
 
@@ -118,10 +135,47 @@ def test_divergence():
     first, third, last = ([tenth(run, "divergence", n) for run in runs] for n in (1, 3, 10))
     assert len(runs) == 16 and all(b < a for a, b in zip(first, third, strict=True))
     ends = min(first), max(first), min(third), max(third)
-    assert_says(MAIN, "from {} to {} over the first tenth of training to {} to {} over the third, in all 16 runs", *ends)
+    rises = sum(b > a for a, b in zip(third, last, strict=True))
+    words = "in all 16 runs of ABS and fixed rollouts: it averages {} to {} in the first tenth of training and {} to {} in the"
+    assert_says(MAIN, words + " third, then changes little (it rises in {})", *ends, rises)
     words = "{} to {} over the first tenth of training, {} to {} over the third, {} to {} over the last"
     assert_says(DETAILS, words, *ends, min(last), max(last))
-    assert_says(DETAILS, "rises in {} of the 16", sum(b > a for a, b in zip(third, last, strict=True)))
+    assert_says(DETAILS, "rises in {} of the 16", rises)
+
+
+@pytest.mark.parametrize("text", [MAIN, DETAILS], ids=["README", "results"])
+def test_early_returns(text):
+    """Half-way through training, and after as many gradient steps as a run with 64 takes."""
+
+    def half_way(variant, game="Breakout-v5"):
+        return [mean_return(variant, game, seed, 0.45 * BUDGET, 0.55 * BUDGET) for seed in (1, 2)]
+
+    def equal_steps(variant, game):
+        return [early_return(variant, game, seed, 11_712) for seed in (1, 2)]
+
+    assert gradient_steps(runs_of(FIXED[2])[0], FIXED[2])[-1] == 11_712
+    third_run = early_return(EPOCHS, "Breakout-v5", 1, 11_712)
+    at_equal = [equal_steps(variant, game) for game in GAMES for variant in (FIXED[2], FIXED[1], FIXED[0], ABS)]
+    pong, breakout = sum(at_equal[:4], []), sum(at_equal[4:], [])
+    words = "Breakout returned {} and {} with 64, {} and {} with 32, {} and {} with 16, {} and {} with ABS"
+    assert_says(text, words, *breakout)
+    if text is MAIN:
+        values = sum(map(half_way, (ABS, *FIXED)), [])
+        assert_says(
+            text, "half-way ABS returned {} and {}, 16 steps {} and {}, 32 steps {} and {}, 64 steps {} and {}", *values
+        )
+        assert_says(text, "with ABS ({} in what is in effect its third run", third_run)
+        assert_says(text, "were ahead: {} and {}, {} and {}, with 16 steps {} and {}, with ABS {} and {}.", *pong)
+        return
+    assert_says(text, "ABS returned {} and {} (seeds 1 and 2)", *half_way(ABS))
+    values = sum(map(half_way, FIXED), [])
+    assert_says(text, "the shortest rollout ({} and {}) and more than 32 ({} and {}) and 64 ({} and {})", *values)
+    values = sum(map(half_way, (LETTER, EPOCHS, CLOCK)), [])
+    assert_says(text, "to the letter {} and {}, `--scale-epochs` {} and {}, by the clock {} and {}", *values)
+    values = sum((half_way(variant, "Pong-v5") for variant in (FIXED[2], ABS, FIXED[0], FIXED[1])), [])
+    assert_says(text, "(64: {} and {}; ABS: {} and {}; 16: {} and {}; 32: {} and {})", *values)
+    assert_says(text, "with ABS, {} with `--scale-epochs`, seed 1,", third_run)
+    assert_says(text, "{} and {} with 64, {} and {} with 32, {} and {} with 16, {} and {} with ABS, so that", *pong)
 
 
 @pytest.mark.parametrize("text", [MAIN, DETAILS], ids=["README", "results"])
@@ -198,9 +252,9 @@ def test_throughput(machine, name):
 
 
 def test_throughput_without_bfloat16():
-    """Three calls on a machine where float32 is the default: rates, how many times CleanRL's they are, and the most that its
+    """All calls on a machine where float32 is the default: rates, how many times CleanRL's they are, and the most that its
     arithmetic allows."""
-    names = ("", "_earlier", "_slow_hour")
+    names = ("", "_earlier", "_noon", "_slow_hour", "_contiguous")
     calls = [pd.read_csv(ROOT / "docs" / f"throughput_cpu_intel{n}.csv", index_col="name") for n in names]
     fixed_ratios, moving_ratios = [], []
     for name, call in zip(names, calls, strict=True):
@@ -212,9 +266,11 @@ def test_throughput_without_bfloat16():
         row = next(line for line in SPEED.split("\n") if f"(throughput_cpu_intel{name}.csv)" in line)
         assert_says(row, ") | {} | {} | {} | {} | {} | {} |", *values, fixed_ratios[-1], moving_ratios[-1])
     ends = calls[0].loc["EnvPool, random actions"]
-    assert_says(SPEED, "EnvPool alone ranged from {} to {} within the first call", ends.lowest, ends.highest)
-    words = "two other calls gave {} and {} times CleanRL at L = 32, {} and {} with L moving"
-    assert_says(MAIN, words, *fixed_ratios[1:], *moving_ratios[1:])
+    assert_says(SPEED, "EnvPool alone ranged from {} to {} within the first of them", ends.lowest, ends.highest)
+    words = (
+        "four other calls, three of them of earlier versions, gave {} to {} times CleanRL at L = 32 and {} to {} with L moving"
+    )
+    assert_says(MAIN, words, *(end(ratios[1:]) for ratios in (fixed_ratios, moving_ratios) for end in (min, max)))
     emulator, calm_peer = (calls[0]["steps_per_second"].iloc[row] for row in (0, -1))
 
     observation, network = torch.zeros((1, 4, 84, 84), dtype=torch.uint8), MODULES["pqn_abs_atari.py"].QNetwork(4)
@@ -238,13 +294,15 @@ def test_what_makes_it_fast():
 
     kept, runs = "freed memory kept, run", (1, 2, 3)
     values = rates("freed_memory", *(f"{p}, {kept} {i}" for p in ("bfloat16", "float32") for i in runs))
-    assert_says(SPEED, "there: {}, {} and {} steps/s in bfloat16, {}, {} and {} in float32", *values)
+    assert_says(SPEED, "tie: {}, {} and {} steps/s in bfloat16, {}, {} and {} in float32", *values)
     given_back = ["bfloat16, freed memory given back", "float32, microbatches of 256, freed memory given back"]
     bfloat16, float32 = rates("freed_memory", *given_back)
     assert_says(SPEED, "clear every page anew: {} instead of {} steps/s in bfloat16", values[0], bfloat16)
     assert_says(SPEED, "microbatches of 128 instead of 256, {} instead of {} in float32", values[3], float32)
     script = "pqn_abs_atari.py, L = 32"
-    assert_says(SPEED, "(see below), {} and {}, one run each", *rates("flags", f"{script}, --precision bfloat16", script))
+    assert_says(
+        SPEED, "float32 leads, {} against {}, one run each", *rates("flags", script, f"{script}, --precision bfloat16")
+    )
     layouts = [f"{layout}, run {i}" for layout in ("channels_last", "contiguous") for i in (1, 2)]
     assert_says(SPEED, "there: {} and {} steps/s against {} and {}", *rates("memory_format", *layouts))
     assert_says(SPEED, "it is {} steps/s instead of {}", *rates("microbatch", "after, L = 32", "before, L = 32"))
