@@ -528,6 +528,18 @@ def update(network, optimizer, *minibatch, args, microbatch_size):
     return torch.cat([logs, grad_norm.unsqueeze(0)])
 
 
+def measure_noise_scale(network, gradient_step, batch, weights, num_minibatches, seed):
+    """Noise and signal of the gradient (see gradient_noise_scale) at the present parameters: one epoch of minibatches, which
+    gradient_step takes. batch: tensors (n, ...); weights (n,) are 1 for transitions and 0 for reset steps."""
+    rng, gradients = torch.Generator(weights.device).manual_seed(seed), []  # its own, so that measuring changes no run
+    for inds in torch.randperm(len(weights), generator=rng, device=weights.device).split(len(weights) // num_minibatches):
+        mb_weights = weights[inds] / weights[inds].sum().clamp(min=1)
+        gradient_step(*(x.index_select(0, inds) for x in batch), mb_weights)
+        gradients.append(nn.utils.parameters_to_vector(p.grad for p in network.parameters()))
+    transitions = reduce_numbers([float(weights.sum())])[0] * (dist.get_world_size() if dist.is_initialized() else 1)
+    return gradient_noise_scale(gradients, transitions / num_minibatches)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # Evaluation, model file, video
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -659,7 +671,8 @@ def keep_source(run_dir, device):
         "script": Path(__file__).name,
         "source": hashlib.sha256(source).hexdigest()[:12],
         "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in ("torch", "envpool", "numpy")},
+        "torch": torch.__version__,
+        **{package: importlib.metadata.version(package) for package in ("envpool", "numpy")},
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
     }
     path = run_dir / "versions.json"
@@ -724,6 +737,19 @@ def evaluate_and_record(network, args, device, run_dir):
     return statistics
 
 
+def evaluate_only(args, device):
+    """--eval-only: evaluates --model on its own game, with its own settings where no flag gives others."""
+    network, trained = load_model(args.model, device)
+    if args.env_id != trained.env_id and given("env_id"):
+        fail(f"--model {args.model} was trained on {trained.env_id}, not on {args.env_id}; leave --env-id out")
+    # Another precision would be another policy, other games would have another score
+    for name in "precision memory_format env_id seed max_episode_steps sticky_action_probability".split():
+        if not given(name):
+            setattr(args, name, getattr(trained, name))
+    network = speed_up(network, args.precision, device, memory_format=args.memory_format)
+    evaluate_and_record(network, args, device, Path(args.model).parent)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -744,7 +770,8 @@ def parse_args(default=None):
             return tyro.cli(Args, description=__doc__, default=default)
     except SystemExit as e:
         if e.code:
-            words = " ".join(line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()[1:])
+            lines = re.sub("-{5,}", "", box.getvalue()).splitlines()[1:]  # where it cannot draw, it writes dashes
+            words = " ".join(line.strip("│╭╮╰╯─ ") for line in lines)
             fail(re.split(r"\s{2,}For full helptext|\s{2,}Argument helptext", words)[0].strip() + " (see --help)")
         raise
 
@@ -1064,45 +1091,51 @@ def speed_up(network, precision, device, use_compile=False, memory_format="auto"
 def keep_freed_memory():
     """Has glibc keep what tensors on the CPU free for those of the next minibatch, instead of giving it back to the system,
     which clears every page anew. Where the environment sets up malloc in any way, that stands instead."""
-    if platform.libc_ver()[0] == "glibc" and not any(n.startswith(("MALLOC_", "GLIBC_TUNABLES")) for n in os.environ):
+    chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and not chosen:
         ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum of 32 MiB: larger tensors are given back
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def compiler_is_there(device):
-    """Whether torch.compile has what it needs: Triton on CUDA, a C++ compiler on the CPU."""
+    """Whether torch.compile has what it needs: Triton and a C compiler on CUDA, a C++ compiler on the CPU."""
     if device.type == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    return any(shutil.which(compiler) for compiler in (os.environ.get("CXX") or "g++", "clang++", "cl"))
+        compilers = os.environ.get("CC") or "gcc clang cl"
+        return importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers.split()))
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return shutil.which(os.environ.get("CXX") or default) is not None
 
 
 class CUDAGraphed:
-    """Calls function(*tensors) through CUDA graphs, which launch all its kernels at once: one graph per combination of shapes,
-    recorded at its second call (the first runs plainly, which is the warm-up) and replayed from then on."""
+    """Calls function(*tensors) through a CUDA graph, which launches all its kernels at once. The first call with tensors of
+    other shapes runs plainly (the warm-up), the second records a graph, and later ones replay it.
+
+    Only the graph of the latest shapes is kept. They change with the rollout length, once per adaptation at most, while graphs
+    of all lengths together would take several times the memory of the longest.
+    """
 
     def __init__(self, function):
-        self.function, self.graphs, self.pool, self.stream = function, {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.function, self.shapes, self.recorded, self.stream = function, None, None, torch.cuda.Stream()
 
     def __call__(self, *inputs):
-        shapes = tuple(x.shape for x in inputs)
-        if shapes not in self.graphs:
-            self.graphs[shapes] = None
+        shapes = [x.shape for x in inputs]
+        if shapes != self.shapes:
+            self.shapes, self.recorded = shapes, None
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 output = self.function(*inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
             return output
-        if self.graphs[shapes] is None:
+        if self.recorded is None:
             static_inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            with torch.cuda.graph(graph, stream=self.stream):
                 static_output = self.function(*static_inputs)
-            self.graphs[shapes] = graph, static_inputs, static_output
-        graph, static_inputs, static_output = self.graphs[shapes]
+            self.recorded = graph, static_inputs, static_output
+        graph, static_inputs, static_output = self.recorded
         for static_input, x in zip(static_inputs, inputs, strict=True):
             static_input.copy_(x)
         graph.replay()
-        # All graphs share one memory pool, so the next replay may write over this output
-        return torch.utils._pytree.tree_map(torch.clone, static_output)
+        return torch.utils._pytree.tree_map(torch.clone, static_output)  # the next replay writes over it
 
 
 if __name__ == "__main__":
@@ -1129,7 +1162,8 @@ if __name__ == "__main__":
     if args.precision == "auto":
         args.precision = "bfloat16" if bfloat16_is_fast(device) else "float32"
     if args.compile and not compiler_is_there(device):
-        print(f"--compile finds no {'Triton' if device.type == 'cuda' else 'C++ compiler'} here: running eagerly", flush=True)
+        missing = "Triton with a C compiler" if device.type == "cuda" else "C++ compiler"
+        print(f"--compile finds no {missing} here: running eagerly", flush=True)
         args.compile = False
     if args.cudagraphs and device.type != "cuda":
         print("--cudagraphs finds no CUDA device here: running without", flush=True)
@@ -1139,16 +1173,8 @@ if __name__ == "__main__":
     keep_freed_memory()
 
     if args.eval_only:
-        network, trained = load_model(args.model, device)
-        if args.env_id != trained.env_id and given("env_id"):
-            fail(f"--model {args.model} was trained on {trained.env_id}, not on {args.env_id}; leave --env-id out")
-        # Another precision would be another policy, other games would have another score
-        for name in "precision memory_format env_id seed max_episode_steps sticky_action_probability".split():
-            if not given(name):
-                setattr(args, name, getattr(trained, name))
         received_signals.append(0)  # a signal need not wait
-        network = speed_up(network, args.precision, device, memory_format=args.memory_format)
-        evaluate_and_record(network, args, device, Path(args.model).parent)
+        evaluate_only(args, device)
         sys.exit()
 
     # Adaptive Batch Scaling
@@ -1162,18 +1188,14 @@ if __name__ == "__main__":
     shortest, longest = (round_rollout_length(n, length_min, length_max, length_multiple) for n in (length_min, length_max))
     try:
         obs = torch.zeros((longest + 1, num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
-        actions = torch.zeros((longest, num_envs), dtype=torch.int64, device=device)
-        log_probs = torch.zeros((longest + 1, num_envs), device=device)
-        values = torch.zeros((longest + 1, num_envs), device=device)
-        rewards = torch.zeros((longest, num_envs))
-        terminations = torch.zeros((longest, num_envs), dtype=torch.bool)
-        dones = torch.zeros((longest, num_envs), dtype=torch.bool)
-        is_transition = torch.zeros((longest, num_envs), dtype=torch.bool)
     except RuntimeError:
-        size = (longest + 1) * num_envs * 4 * 84 * 84 / 2**30
-        fail(
-            f"no memory for a rollout of {longest} steps x {num_envs} environments ({size:,.1f} GiB); make one of them smaller"
-        )
+        size = f"{(longest + 1) * num_envs * 4 * 84 * 84 / 2**30:,.1f} GiB"
+        fail(f"no memory for a rollout of {longest} steps x {num_envs} environments ({size}); make one of them smaller")
+    actions = torch.zeros((longest, num_envs), dtype=torch.int64, device=device)
+    log_probs = torch.zeros((longest + 1, num_envs), device=device)
+    values = torch.zeros((longest + 1, num_envs), device=device)
+    rewards = torch.zeros((longest, num_envs))
+    terminations, dones, is_transition = torch.zeros((3, longest, num_envs), dtype=torch.bool)
 
     # Environments, in groups (pools) of which one is emulated while the network acts for another
     num_pools = args.env_pools or (2 if device.type == "cuda" and num_envs % 2 == 0 else 1)
@@ -1249,16 +1271,8 @@ if __name__ == "__main__":
     if args.track and rank == 0:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity or None,
-            sync_tensorboard=True,
-            config=vars(args),
-            name=run_dir.name,
-            id=run_dir.name,
-            resume="allow",
-            save_code=True,
-        )
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity or None, "name": run_dir.name}
+        wandb.init(**names, id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
     # After a crash the curves may have points beyond the checkpoint: purge_step takes them out
     writer = SummaryWriter(str(run_dir), purge_step=global_step + 1 if checkpoint else None) if rank == 0 else NoWriter()
     settings = vars(args) | {"resume": "", "auto_resume": False}
@@ -1274,12 +1288,9 @@ if __name__ == "__main__":
 
     def training_state(finished=False):
         """All that a checkpoint holds: everything but the games, which the emulator cannot save."""
-        random_states = [None] * world_size
-        states = [rng.get_state(), reference_rng.get_state()]
+        random_states = [[rng.get_state(), reference_rng.get_state()]] * world_size  # of this process
         if world_size > 1:
-            dist.all_gather_object(random_states, states)
-        else:
-            random_states = [states]
+            dist.all_gather_object(random_states, random_states[rank])  # of each
         return {
             "weights": network.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -1315,7 +1326,8 @@ if __name__ == "__main__":
         if measure:
             old_network.load_state_dict(network.state_dict())
 
-        # Rollout: step t acts on obs[t] and receives obs[t + 1]; the last pass only takes the values to bootstrap from
+        # Rollout: pass t receives what the actions of pass t - 1 led to (obs[t], t - 1 of the rest), then acts on obs[t]. The
+        # last pass acts no more: it takes the values to bootstrap from. Each group of games is emulated while the others act.
         steps = [global_step + args.num_envs * (t + 1) for t in range(length)]
         noise = gumbel_noise((length, num_envs, num_actions), rng)
         emulation_time = inference_time = 0.0
@@ -1361,16 +1373,11 @@ if __name__ == "__main__":
         # Nothing can be measured where the rollout of any process is nothing but reset steps
         measure = measure and not reduce_numbers([float(not b_weights.any())], dist.ReduceOp.MAX)[0]
 
-        # The gradient noise scale, the rival signal, needs the gradients of an epoch's minibatches at unchanged parameters
+        # The gradient noise scale, the rival signal
         if measure and args.log_noise_scale:
-            start, gradients = time.perf_counter(), []
-            noise_rng = torch.Generator(device).manual_seed(rank_seed + iteration)  # its own, so that measuring changes no run
-            for inds in torch.randperm(length * num_envs, generator=noise_rng, device=device).split(minibatch_size):
-                mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
-                gradient_step(*(x.index_select(0, inds) for x in batch), mb_weights)
-                gradients.append(nn.utils.parameters_to_vector(p.grad for p in network.parameters()))
-            transitions = reduce_numbers([float(b_weights.sum())])[0] * world_size
-            noise_scales.append(gradient_noise_scale(gradients, transitions / args.num_minibatches))
+            start = time.perf_counter()
+            epoch = (batch, b_weights, args.num_minibatches, rank_seed + iteration)
+            noise_scales.append(measure_noise_scale(network, gradient_step, *epoch))
             mean_noise, mean_signal = np.mean(noise_scales, axis=0)
             b_simple = mean_noise / mean_signal if mean_signal > 0 else math.inf  # a ratio of means, not a mean of ratios
             writer.add_scalar("gns/noise", noise_scales[-1][0], global_step)
@@ -1456,8 +1463,8 @@ if __name__ == "__main__":
             last_checkpoint_step, last_checkpoint_time = global_step, time.time()
         if stop:
             bar.close()
-            command = ["python" if world_size == 1 else "torchrun ...", shlex.join([sys.argv[0], "--resume", str(run_dir)])]
-            print(f"stopped by a signal at step {global_step:,}; to continue: {' '.join(command)}", flush=True)
+            launcher, command = "python" if world_size == 1 else "torchrun ...", [sys.argv[0], "--resume", run_dir.as_posix()]
+            print(f"stopped by a signal at step {global_step:,}; to continue: {launcher} {shlex.join(command)}", flush=True)
             writer.close()
             if world_size > 1:
                 dist.barrier()  # torchrun would stop the first process while it saves as soon as another has ended

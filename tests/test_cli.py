@@ -182,6 +182,15 @@ def test_bad_arguments_in_a_process_of_their_own(script, arguments, hint, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_bad_arguments_without_unicode(tmp_path, monkeypatch):
+    """Where the terminal's encoding has no box to draw, the line is the same."""
+    lines = []
+    for encoding in ("utf-8", "latin-1"):
+        monkeypatch.setenv("PYTHONIOENCODING", encoding)
+        lines.append(run_script("pqn_abs_atari.py", "--num-envs", "many", cwd=tmp_path).stderr)
+    assert lines[0] == lines[1] and "'many'" in lines[0] and "---" not in lines[0]
+
+
 @distinct_scripts
 @pytest.mark.parametrize("kind", ["file", "dangling link"])
 def test_no_place_for_runs(script, kind, run_here, tmp_path, monkeypatch):

@@ -109,8 +109,8 @@ def test_lamps_are_learned(script, speed, run_here, monkeypatch, tmp_path):
 
 
 def test_many_lengths_take_no_more_memory():
-    """A second pass through many lengths reserves no more than the first, and recording a graph for each of 13 lengths takes
-    little more than recording the longest alone, since they share their memory."""
+    """A second pass through many lengths reserves no more than the first, and recording a graph for each of 13 lengths, from
+    short to long, takes little more than recording the longest alone, since the one before is dropped."""
     script = MODULES[PQN]
     network = script.speed_up(fresh_network(script).to(DEVICE), "bfloat16", torch.device(DEVICE))
 
@@ -124,7 +124,8 @@ def test_many_lengths_take_no_more_memory():
                 step(*minibatch(script, 32 * length, device=DEVICE))
         return torch.cuda.memory_reserved()
 
-    lengths = range(64, 15, -4)
-    assert reserved(step, lengths) <= reserved(step, lengths) * 1.1
-    longest = reserved(script.CUDAGraphed(step), lengths[:1])
-    assert reserved(script.CUDAGraphed(step), lengths) <= 2 * longest
+    lengths = range(16, 65, 4)
+    first, second = reserved(step, lengths), reserved(step, lengths)
+    assert second <= 1.1 * first
+    longest = reserved(script.CUDAGraphed(step), lengths[-1:])
+    assert reserved(script.CUDAGraphed(step), lengths) <= 1.5 * longest

@@ -1,5 +1,6 @@
 """What makes the script faster changes nothing else: pools, microbatches, compilation and CUDA graphs against plain code."""
 
+import contextlib
 import copy
 import ctypes
 import math
@@ -8,6 +9,7 @@ import platform
 import runpy
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -247,11 +249,78 @@ def test_compiled_equals_eager(script):
         assert torch.equal(script.act(compiled, batch[0], *chance)[0], script.act(eager, batch[0], *chance)[0])
 
 
+class FakeGraph:
+    """Stands in for a CUDA graph on a CPU: replaying it does to the recorded tensors what the function below does."""
+
+    def replay(self):
+        _, (x, y), (total, product) = self.owner.recorded
+        total.copy_(x + y)
+        product.copy_(x * y)
+
+
+def test_only_the_graph_of_the_latest_shapes_is_kept(monkeypatch):
+    """The first call with new shapes runs plainly, the second records, the others replay, with the inputs of the moment; what
+    a call returned stays as it was; where the shapes change, the graph goes."""
+    recorded, calls = [], []
+
+    @contextlib.contextmanager
+    def recording(graph, stream):
+        graph.owner = graphed
+        recorded.append(weakref.ref(graph))
+        yield
+
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: SimpleNamespace(wait_stream=lambda other: None))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+
+    def function(x, y):
+        calls.append(len(x))
+        return x + y, x * y
+
+    graphed, results = pqn.CUDAGraphed(function), []
+    for i, size in enumerate([4] * 5 + [6] * 3 + [4] * 3):
+        results.append((size, i, graphed(torch.full((size,), float(i)), torch.full((size,), 3.0))))
+        if i == 5:
+            assert recorded[0]() is None
+    assert calls == [4, 4, 6, 6, 4, 4] and len(recorded) == 3
+    assert [graph() is None for graph in recorded] == [True, True, False]
+    for size, i, (total, product) in results:
+        assert total.tolist() == [i + 3.0] * size and product.tolist() == [3.0 * i] * size
+
+
+@pytest.mark.parametrize(
+    "device, environment, programs, there",
+    [
+        ("cpu", {}, ["g++"], True),
+        ("cpu", {}, ["gcc", "clang++"], False),  # Inductor looks for g++ only
+        ("cpu", {"CXX": "clang++"}, ["clang++"], True),
+        ("cpu", {"CXX": "icpx"}, ["g++"], False),
+        ("cuda", {}, ["gcc"], True),
+        ("cuda", {}, ["clang"], True),
+        ("cuda", {}, ["g++"], False),  # Triton compiles C
+        ("cuda", {"CC": "icx"}, ["gcc"], False),
+        ("cuda", {}, ["gcc", "no triton"], False),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="the compilers of Linux")
+def test_what_compilation_needs(device, environment, programs, there, monkeypatch):
+    """Triton with a C compiler on CUDA, the one C++ compiler that Inductor takes on the CPU."""
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(pqn.shutil, "which", lambda name: f"/usr/bin/{name}" if name in programs else None)
+    monkeypatch.setattr(pqn.importlib.util, "find_spec", lambda name: None if "no triton" in programs else object())
+    assert pqn.compiler_is_there(torch.device(device)) is there
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
 @learners
 def test_cuda_graphs_equal_plain_steps(script, monkeypatch):
-    """Five updates each at two minibatch sizes in turn, plain and recorded, end at the same weights; a recorded step reads a
-    learning rate that changes; gradients taken between two steps, as for the noise scale, disturb neither."""
+    """Five updates each at three minibatch sizes, plain and recorded, the first size anew, end at the same weights; a recorded
+    step reads a learning rate that changes; gradients taken between two steps, as for the noise scale, disturb neither."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     networks, device = [fresh_network(script).cuda()], torch.device("cuda")
     networks.append(copy.deepcopy(networks[0]))
@@ -264,11 +333,10 @@ def test_cuda_graphs_equal_plain_steps(script, monkeypatch):
             return script.update(network, optimizer, *batch, **settings(script, 10.0), microbatch_size=1000)
 
         step = script.CUDAGraphed(step) if graphed else step
-        for i in range(5):
+        for i, size in enumerate([96] * 5 + [64] * 5 + [96] * 5):
             optimizer.param_groups[0]["lr"].fill_(rate / (i + 1))
-            for size in (96, 64):
-                logs = step(*minibatch(script, size, device=device))
-                assert logs.isfinite().all() and len(logs) == len(script.LOSSES)
+            logs = step(*minibatch(script, size, device=device))
+            assert logs.isfinite().all() and len(logs) == len(script.LOSSES)
             other = minibatch(script, 80, device=device)
             arguments = (script.Args(), 1000) if hasattr(script, "Agent") else (1000,)
             script.compute_gradient(network, *other, *arguments)
