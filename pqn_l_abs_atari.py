@@ -1327,8 +1327,7 @@ if __name__ == "__main__":
         if measure:
             old_network.load_state_dict(network.state_dict())
 
-        # Rollout: pass t receives what the actions of pass t - 1 led to (obs[t], t - 1 of the rest), then acts on obs[t]. The
-        # last pass acts no more: it takes the values to bootstrap from. Each group of games is emulated while the others act.
+        # Rollout: pass t receives what the actions of pass t - 1 led to (obs[t], t - 1 of the rest), then acts on obs[t]
         steps = [global_step + args.num_envs * (t + 1) for t in range(length)]
         decay_steps = args.exploration_fraction * schedule_timesteps
         epsilons = torch.tensor([linear_schedule(args.start_e, args.end_e, decay_steps, step) for step in steps])
@@ -1351,7 +1350,7 @@ if __name__ == "__main__":
                         recent_returns.append(episodic_return)
                         writer.add_scalar("charts/episodic_return", episodic_return, steps[t - 1])
                         writer.add_scalar("charts/episodic_length", episodic_length, steps[t - 1])
-                draw = min(t, length - 1)  # after the last observation there is no action, only its value
+                draw = min(t, length - 1)  # the last pass acts no more, it only takes the values to bootstrap from
                 action, values[t, group] = act_step(obs[t, group], explore[draw, group], random_actions[draw, group])
                 if t < length:
                     actions[t, group] = action
