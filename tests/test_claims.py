@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import MODULES, ROOT, SCRIPTS
+from scipy.stats import ttest_ind
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -216,6 +217,45 @@ def test_ppo():
     assert_says(MAIN, "the rule is fed, in {} to {} % of the decisions", 100 * min(decisions), 100 * max(decisions))
     assert_says(MAIN, "exceeded the largest batch of 8,192 in {} to {} % of the", 100 * min(exceeds), 100 * max(exceeds))
     assert_says(MAIN, "at 16 until the last {} to {} steps", round(min(grown), -3), round(max(grown), -3))
+
+
+def two_groups(folder, first, second):
+    """Mean returns of each seed of two groups of runs, over the last tenth and all of training, and the differences of their
+    means with Welch's interval: as the folder's table has them, and computed anew from its rows."""
+    table = (STUDY / folder / "table.txt").read_text()
+    groups = []
+    for name in (first, second):
+        rows = sorted((int(seed), float(last), float(whole)) for seed, last, whole in re.findall(
+            rf"^{name}\s.*?(?:__|seed +)(\d+)(?:__\d+)? +([\d.]+) +([\d.]+)", table, re.M))  # fmt: skip
+        groups.append(np.array(rows)[:, 1:].T)
+    stated = re.findall(r"^difference, .*: (\S+), 95 % interval (\S+) to (\S+)$", table, re.M)
+    computed = [
+        (x.mean() - y.mean(), *ttest_ind(x, y, equal_var=False).confidence_interval(0.95))
+        for x, y in zip(*groups, strict=True)
+    ]
+    assert np.array(stated, dtype=float) == pytest.approx(np.array(computed), abs=0.04)  # the rows are rounded
+    return groups, np.array(stated, dtype=float)
+
+
+def test_against_cleanrl():
+    """Mean returns of PQN and of CleanRL's script, seeds 1 and 1001, and their difference."""
+    (ours, peers), (last, whole) = two_groups("peer", "ours", "peer")
+    words = "{} and {} here (@@), {} and {} there, difference {} (Welch's 95 % interval {} to {}"
+    values = [*ours[1], *peers[1], *whole]
+    assert_says(MAIN, words.replace("@@", "seeds 1 and 1001, the bfloat16 runs above"), *values)
+    assert_says(DETAILS, words.replace("@@", "seeds 1 and 1001"), *values)
+    assert_says(DETAILS, "over the last tenth {} and {} against {} and {}, {} ({} to {})", *ours[0], *peers[0], *last)
+
+
+def test_bfloat16_learns_as_float32():
+    """Mean returns in both arithmetics, seeds 1, 2, 3 and 1001, and their difference."""
+    (low, high), (last, whole) = two_groups("precision", "bfloat16", "float32")
+    four = "{}, {}, {} and {}"
+    words = f"{four} with bfloat16 (seeds 1, 2, 3 and 1001), {four} with float32, difference "
+    words += "{} (Welch's 95 % interval {} to {}"
+    for text in (MAIN, DETAILS):
+        assert_says(text, words, *low[1], *high[1], *whole)
+    assert_says(DETAILS, f"over the last tenth {four} against {four}, {{}} ({{}} to {{}})", *low[0], *high[0], *last)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
