@@ -901,7 +901,7 @@ def find_run(args):
     names = [field.name for field in dataclasses.fields(Args) if field.name not in MAY_CHANGE]
     run_dir = checkpoint = None
     in_use = "is in use by another process; wait until that has ended, or stop it"
-    if args.resume or given("resume"):
+    if args.resume or given("resume"):  # the run's arguments stand, but for those that the command line gives again
         run_dir = Path(args.resume)
         saved = saved_args(run_dir) if args.resume else None
         if saved is None:
@@ -927,7 +927,7 @@ def find_run(args):
         runs = sorted(Path("runs").glob(f"{glob.escape(f'{args.env_id}__{args.exp_name}__{args.seed}__')}*"), reverse=True)
         for run_dir in runs:
             saved = saved_args(run_dir)
-            same = saved and all(getattr(args, n) in ("auto", getattr(saved, n)) for n in names)
+            same = saved and all(getattr(args, n) in ("auto", getattr(saved, n)) for n in names)  # auto: what the run had
             if same and not claim(run_dir):
                 fail(f"{run_dir} has the same arguments and {in_use}")
             if same and (run_dir / "diverged.json").exists():
