@@ -316,6 +316,19 @@ def test_what_compilation_needs(device, environment, programs, there, monkeypatc
     assert pqn.compiler_is_there(torch.device(device)) is there
 
 
+def test_what_is_missing_is_said(run_here, monkeypatch):
+    """Without a compiler and without a GPU, one line each says so, and the run goes on plainly."""
+    monkeypatch.setattr(pqn.shutil, "which", lambda name: None)
+    size = "--num-envs 4 --rollout-length-min 4 --rollout-length-max 8 --num-minibatches 2 --total-timesteps 64".split()
+    result = run_here("pqn_abs_atari.py", "--compile", "--cudagraphs", "--device", "cpu", "--eval-episodes", 0, *size)
+    assert result.returncode == 0 and "trained 64 steps" in result.stdout
+    assert result.stdout.splitlines()[:2] == [
+        "--compile finds no C++ compiler here: running eagerly",
+        "--cudagraphs finds no CUDA device here: running without",
+    ]
+    assert '"compile": false' in next(Path("runs").glob("*/args.json")).read_text()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
 @learners
 def test_cuda_graphs_equal_plain_steps(script, monkeypatch):
