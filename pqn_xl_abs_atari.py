@@ -1102,10 +1102,10 @@ def keep_freed_memory():
 def compiler_is_there(device):
     """Whether torch.compile has what it needs: Triton and a C compiler on CUDA, a C++ compiler on the CPU."""
     if device.type == "cuda":
-        compilers = os.environ.get("CC") or "gcc clang cl"
-        return importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers.split()))
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang", "cl"]
+        return importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
     default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    return shutil.which(os.environ.get("CXX") or default) is not None
+    return shutil.which(os.environ.get("CXX", default)) is not None
 
 
 class CUDAGraphed:
@@ -1113,7 +1113,8 @@ class CUDAGraphed:
     other shapes runs plainly (the warm-up), the second records a graph, and later ones replay it.
 
     Only the graph of the latest shapes is kept. They change with the rollout length, once per adaptation at most, while graphs
-    of all lengths together would take several times the memory of the longest.
+    of all lengths together would take several times the memory of the longest. What the one before took is given back when the
+    next is recorded.
     """
 
     def __init__(self, function):

@@ -220,8 +220,8 @@ def test_ppo():
 
 
 def two_groups(folder, first, second):
-    """Mean returns of each seed of two groups of runs, over the last tenth and all of training, and the differences of their
-    means with Welch's interval: as the folder's table has them, and computed anew from its rows."""
+    """Mean returns of each seed of two groups of runs, over the last tenth and all of training, from the folder's table, and
+    the differences of their means with Welch's interval, computed anew from these."""
     table = (STUDY / folder / "table.txt").read_text()
     groups = []
     for name in (first, second):
@@ -345,4 +345,4 @@ def test_what_makes_it_fast():
     )
     layouts = [f"{layout}, run {i}" for layout in ("channels_last", "contiguous") for i in (1, 2)]
     assert_says(SPEED, "there: {} and {} steps/s against {} and {}", *rates("memory_format", *layouts))
-    assert_says(SPEED, "it is {} steps/s instead of {}", *rates("microbatch", "after, L = 32", "before, L = 32"))
+    assert_says(SPEED, "float32 reaches {} steps/s instead of {}", *rates("microbatch", "after, L = 32", "before, L = 32"))

@@ -109,23 +109,24 @@ def test_lamps_are_learned(script, speed, run_here, monkeypatch, tmp_path):
 
 
 def test_many_lengths_take_no_more_memory():
-    """A second pass through many lengths reserves no more than the first, and recording a graph for each of 13 lengths, from
-    short to long, takes little more than recording the longest alone, since the one before is dropped."""
+    """A second pass through many lengths hardly adds to what the first has reserved; recording a graph for each of 13 lengths,
+    from short to long, takes little more than recording the longest alone, since the one before is dropped."""
     script = MODULES[PQN]
     network = script.speed_up(fresh_network(script).to(DEVICE), "bfloat16", torch.device(DEVICE))
 
     def step(*batch):
         return script.compute_gradient(network, *batch, 10**6)
 
-    def reserved(step, lengths):
-        torch.cuda.empty_cache()
+    def reserved(step, lengths, afresh=True):
+        if afresh:
+            torch.cuda.empty_cache()
         for length in lengths:
             for _ in range(3):
                 step(*minibatch(script, 32 * length, device=DEVICE))
         return torch.cuda.memory_reserved()
 
     lengths = range(16, 65, 4)
-    first, second = reserved(step, lengths), reserved(step, lengths)
-    assert second <= 1.1 * first
+    first, second = reserved(step, lengths), reserved(step, lengths, afresh=False)
+    assert second <= 1.3 * first
     longest = reserved(script.CUDAGraphed(step), lengths[-1:])
     assert reserved(script.CUDAGraphed(step), lengths) <= 1.5 * longest
