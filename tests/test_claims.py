@@ -219,43 +219,42 @@ def test_ppo():
     assert_says(MAIN, "at 16 until the last {} to {} steps", round(min(grown), -3), round(max(grown), -3))
 
 
-def two_groups(folder, first, second):
-    """Mean returns of each seed of two groups of runs, over the last tenth and all of training, from the folder's table, and
-    the differences of their means with Welch's interval, computed anew from these."""
-    table = (STUDY / folder / "table.txt").read_text()
-    groups = []
-    for name in (first, second):
-        rows = sorted((int(seed), float(last), float(whole)) for seed, last, whole in re.findall(
-            rf"^{name}\s.*?(?:__|seed +)(\d+)(?:__\d+)? +([\d.]+) +([\d.]+)", table, re.M))  # fmt: skip
-        groups.append(np.array(rows)[:, 1:].T)
-    stated = re.findall(r"^difference, .*: (\S+), 95 % interval (\S+) to (\S+)$", table, re.M)
-    computed = [
-        (x.mean() - y.mean(), *ttest_ind(x, y, equal_var=False).confidence_interval(0.95))
-        for x, y in zip(*groups, strict=True)
-    ]
-    assert np.array(stated, dtype=float) == pytest.approx(np.array(computed), abs=0.04)  # the rows are rounded
-    return groups, np.array(stated, dtype=float)
+def mean_returns(folder, group):
+    """Mean returns of each seed of a group of runs, from the folder's table: over the last tenth, and over all of training."""
+    rows = re.findall(rf"^{group} +seed +(\d+) +(\S+) +(\S+)$", (STUDY / folder / "table.txt").read_text(), re.M)
+    return np.array(sorted(tuple(map(float, row)) for row in rows))[:, 1:].T
+
+
+def welch(first, second):
+    """Difference of the means of two groups of numbers, and Welch's 95 % interval."""
+    return first.mean() - second.mean(), *ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+
+
+FOUR = "{}, {}, {} and {}"
 
 
 def test_against_cleanrl():
-    """Mean returns of PQN and of CleanRL's script, seeds 1 and 1001, and their difference."""
-    (ours, peers), (last, whole) = two_groups("peer", "ours", "peer")
-    words = "{} and {} here (@@), {} and {} there, difference {} (Welch's 95 % interval {} to {}"
-    values = [*ours[1], *peers[1], *whole]
-    assert_says(MAIN, words.replace("@@", "seeds 1 and 1001, the bfloat16 runs above"), *values)
-    assert_says(DETAILS, words.replace("@@", "seeds 1 and 1001"), *values)
-    assert_says(DETAILS, "over the last tenth {} and {} against {} and {}, {} ({} to {})", *ours[0], *peers[0], *last)
+    """Mean returns of PQN in both arithmetics and of CleanRL's script, four seeds each, and their differences."""
+    bfloat16, float32, peers = (mean_returns("peer", group) for group in ("bfloat16", "float32", "CleanRL"))
+    for group, values in (("bfloat16", bfloat16), ("float32", float32)):
+        assert (values == mean_returns("precision", group)).all()
+    words = f"{FOUR} here in float32 (the runs above), {FOUR} there (seeds 1, 1001, 2001 and 3001), difference "
+    words += "{} (Welch's 95 % interval {} to {}); with bfloat16 {} ({} to {})"
+    for text in (MAIN, DETAILS):
+        assert_says(text, words, *float32[1], *peers[1], *welch(float32[1], peers[1]), *welch(bfloat16[1], peers[1]))
+    words = f"Over the last tenth {FOUR} against {FOUR}, {{}} ({{}} to {{}}); with bfloat16 {{}} ({{}} to {{}})"
+    assert_says(DETAILS, words, *float32[0], *peers[0], *welch(float32[0], peers[0]), *welch(bfloat16[0], peers[0]))
 
 
 def test_bfloat16_learns_as_float32():
     """Mean returns in both arithmetics, seeds 1, 2, 3 and 1001, and their difference."""
-    (low, high), (last, whole) = two_groups("precision", "bfloat16", "float32")
-    four = "{}, {}, {} and {}"
-    words = f"{four} with bfloat16 (seeds 1, 2, 3 and 1001), {four} with float32, difference "
+    (last, whole), (other_last, other_whole) = (mean_returns("precision", group) for group in ("bfloat16", "float32"))
+    words = f"{FOUR} with bfloat16 (seeds 1, 2, 3 and 1001), {FOUR} with float32, difference "
     words += "{} (Welch's 95 % interval {} to {}"
     for text in (MAIN, DETAILS):
-        assert_says(text, words, *low[1], *high[1], *whole)
-    assert_says(DETAILS, f"over the last tenth {four} against {four}, {{}} ({{}} to {{}})", *low[0], *high[0], *last)
+        assert_says(text, words, *whole, *other_whole, *welch(whole, other_whole))
+    words = f"over the last tenth {FOUR} against {FOUR}, {{}} ({{}} to {{}})"
+    assert_says(DETAILS, words, *last, *other_last, *welch(last, other_last))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
