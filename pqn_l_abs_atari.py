@@ -1112,9 +1112,8 @@ class CUDAGraphed:
     """Calls function(*tensors) through a CUDA graph, which launches all its kernels at once. The first call with tensors of
     other shapes runs plainly (the warm-up), the second records a graph, and later ones replay it.
 
-    Only the graph of the latest shapes is kept. They change with the rollout length, once per adaptation at most, while graphs
-    of all lengths together would take several times the memory of the longest. What the one before took is given back when the
-    next is recorded.
+    Only the graph of the latest shapes is kept, since each graph holds memory of its own and shapes change with the rollout
+    length, once per adaptation at most. What the one before held is given back when the next is recorded.
     """
 
     def __init__(self, function):

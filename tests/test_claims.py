@@ -342,6 +342,9 @@ def test_what_makes_it_fast():
     assert_says(
         SPEED, "float32 leads, {} against {}, one run each", *rates("flags", script, f"{script}, --precision bfloat16")
     )
+    seconds = pd.read_csv(STUDY / "durations.csv").query("exit_code == 0").set_index("job")["seconds"]
+    assert_says(SPEED, "(float32, Pong, 32 steps) took {} s and job 22", seconds[17])
+    assert_says(SPEED, "(bfloat16, Breakout, 16 to 64 steps), mostly at the same time, {} s", seconds[22])
     layouts = [f"{layout}, run {i}" for layout in ("channels_last", "contiguous") for i in (1, 2)]
     assert_says(SPEED, "there: {} and {} steps/s against {} and {}", *rates("memory_format", *layouts))
     assert_says(SPEED, "float32 reaches {} steps/s instead of {}", *rates("microbatch", "after, L = 32", "before, L = 32"))

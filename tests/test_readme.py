@@ -5,8 +5,11 @@ import re
 import textwrap
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+RESULTS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("benchmark/results/*/README.md"))]
 
 
 def quoted_fragments():
@@ -49,11 +52,19 @@ def test_flags_exist():
     assert len(flags) > 15
 
 
-def test_linked_files_exist():
-    """Every relative link and picture of the README leads to a file of the repository."""
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", README) if "://" not in link and not link.startswith("#")]
+@pytest.mark.parametrize("page", ["README.md", "docs/speed.md", *RESULTS])
+def test_linked_files_exist(page):
+    """Every relative link and picture leads to a file of the repository, and one to a heading to a heading."""
+    text = (ROOT / page).read_text()
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
     assert links
-    assert [link for link in links if not (ROOT / link.split("#")[0]).exists()] == []
+    for link in links:
+        name, _, heading = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.M)
+            assert heading in [re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings], link
 
 
 def test_nothing_left_to_fill_in():

@@ -91,6 +91,13 @@ STEPS = ("--total-timesteps", 3000)
 SHORT = ("--total-timesteps", 1000)
 
 
+def test_versions_name_the_build_of_pytorch(tmp_path, monkeypatch):
+    """As PyTorch says it, since the package's metadata may leave out for which CUDA it was built."""
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    MODULES["pqn_abs_atari.py"].keep_source(tmp_path, torch.device("cpu"))
+    assert json.loads((tmp_path / "versions.json").read_text())[0]["torch"] == "2.13.0+cu130"
+
+
 def test_files(script, start):
     """args.json, model.pt, eval.json and the source are complete, and no half-written file is left."""
     run = start(*STEPS)
