@@ -175,7 +175,7 @@ class Args:
     """arithmetic of the convolutions and matrix products; auto is bfloat16 where that is faster, else float32 (which cuDNN
     may round to TF32 in convolutions, PyTorch's default)"""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    """layout of what the convolutions compute; auto is channels_last in float32 on the CPU, else contiguous"""
+    """layout of what the convolutions compute; auto is channels_last on the CPU, else contiguous"""
     compile: bool = False
     """if toggled, torch.compile the network (needs Triton on CUDA, a C++ compiler on the CPU)"""
     cudagraphs: bool = False
@@ -1028,7 +1028,7 @@ def bfloat16_is_fast(device):
 def speed_up(network, precision, device, use_compile=False, memory_format="auto"):
     """Makes the encoder compute in `precision` with features in `memory_format`, and compiles. Weights, heads, targets and
     optimizer stay float32."""
-    if memory_format == "channels_last" or (memory_format == "auto" and device.type == "cpu" and precision == "float32"):
+    if memory_format == "channels_last" or (memory_format == "auto" and device.type == "cpu"):
         network.encoder[0].memory_format = torch.channels_last
     if precision == "bfloat16":
         network.encoder.forward = torch.autocast(device.type, torch.bfloat16)(network.encoder.forward)
