@@ -189,7 +189,7 @@ class Args:
     cudagraphs: bool = False
     """if toggled, record acting and the gradient step as CUDA graphs (CUDA only)"""
     microbatch_size: int = 0
-    """samples per forward and backward pass, whose gradients add up; 0: all on CUDA, 256 on the CPU"""
+    """samples per forward and backward pass, whose gradients add up; 0: all on CUDA, 512 on the CPU"""
     env_pools: int = 0
     """emulate the games in this many groups, each while the network acts for the others; 0: 2 on CUDA (1 if odd), else 1"""
     env_threads: int = 0
@@ -366,8 +366,8 @@ class QNetwork(nn.Module):
             nn.ReLU(),
             layer_init(nn.Conv2d(64, 64, 3, stride=1)),
             LayerNormCHW([64, 7, 7]),
+            nn.Flatten(),  # before the ReLU, whose backward pass is slow where gradient and features differ in layout
             nn.ReLU(),
-            nn.Flatten(),
             layer_init(nn.Linear(3136, 512)),
             nn.LayerNorm(512),
             nn.ReLU(),
@@ -1184,7 +1184,7 @@ if __name__ == "__main__":
     learning_rate = torch.tensor(args.learning_rate, device=device) if args.cudagraphs else args.learning_rate
     optimizer = torch.optim.RAdam(network.parameters(), lr=learning_rate, foreach=True, capturable=args.cudagraphs)
     act_step = partial(act, network)
-    microbatch_size = args.microbatch_size or (256 if device.type == "cpu" else 2**31)
+    microbatch_size = args.microbatch_size or (512 if device.type == "cpu" else 2**31)
     gradient_step = partial(compute_gradient, network, microbatch_size=microbatch_size)
     update_step = partial(update, network, optimizer, max_grad_norm=args.max_grad_norm, microbatch_size=microbatch_size)
     if args.cudagraphs:
