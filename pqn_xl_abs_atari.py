@@ -338,9 +338,17 @@ class PixelConv2d(nn.Conv2d):
     def forward(self, x):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        weight = self.weight / 255
+        if self.memory_format == torch.channels_last and dtype == torch.bfloat16:
+            # The same sums as a 2x2 convolution, stride 1, of blocks of 4x4 pixels laid out as 64 channels, which is faster in
+            # bfloat16. A row of a block, 4 bytes, is moved as one int32.
+            rows = x.contiguous().view(torch.int32).unflatten(2, (-1, 4))  # (n, 4, 21, 4, 21)
+            x = rows.permute(0, 2, 4, 1, 3).contiguous().view(torch.uint8).flatten(3).permute(0, 3, 1, 2)  # (n, 64, 21, 21)
+            weight = weight.unflatten(3, (2, 4)).unflatten(2, (2, 4)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+            return nn.functional.conv2d(x.to(dtype), weight, self.bias)
         if self.memory_format == torch.channels_last:  # one byte per pixel is faster to transpose than four
             x = torch.stack(x.unbind(1), -1).permute(0, 3, 1, 2)
-        return self._conv_forward(x.to(dtype, memory_format=self.memory_format), self.weight / 255, self.bias)
+        return self._conv_forward(x.to(dtype, memory_format=self.memory_format), weight, self.bias)
 
 
 class LayerNormCHW(nn.LayerNorm):

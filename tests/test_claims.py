@@ -290,11 +290,10 @@ def test_throughput(machine, name):
     assert_says(row, words + " {} | {} GiB |", *values, times_cleanrl, own.peak_memory_gib)
 
 
-def test_throughput_without_bfloat16():
-    """All calls on a machine where float32 is the default: rates, how many times CleanRL's they are, and the most that its
-    arithmetic allows."""
-    names = ("", "_earlier", "_noon", "_slow_hour", "_contiguous")
-    calls = [pd.read_csv(ROOT / "docs" / f"throughput_cpu_intel{n}.csv", index_col="name") for n in names]
+def calls_beside_cleanrl(*names):
+    """The tables of all calls of throughput.py: rates, and how many times CleanRL's they are. Returns the calls, and these
+    ratios at L = 32 and with L moving."""
+    calls = [pd.read_csv(ROOT / "docs" / f"{name}.csv", index_col="name") for name in names]
     fixed_ratios, moving_ratios = [], []
     for name, call in zip(names, calls, strict=True):
         rates = call["steps_per_second"]
@@ -302,13 +301,27 @@ def test_throughput_without_bfloat16():
         emulator, fixed, moving, peer = values
         fixed_ratios.append(fixed / peer)
         moving_ratios.append(moving / peer)
-        row = next(line for line in SPEED.split("\n") if f"(throughput_cpu_intel{name}.csv)" in line)
+        row = next(line for line in SPEED.split("\n") if f"({name}.csv)" in line)
         assert_says(row, ") | {} | {} | {} | {} | {} | {} |", *values, fixed_ratios[-1], moving_ratios[-1])
+    return calls, fixed_ratios, moving_ratios
+
+
+def test_all_calls():
+    """On the machine where bfloat16 is the default."""
+    _, fixed, moving = calls_beside_cleanrl(*(f"throughput_cpu{name}" for name in ("", "_earlier", "_first")))
+    ends = min(fixed[1:]), max(fixed[1:]), min(moving[1:])
+    words = "other calls, of earlier versions, gave {} and {} times CleanRL at L = 32 and {} with L moving"
+    assert_says(MAIN, words, *ends)
+    assert round(min(moving[1:]), 1) == round(max(moving[1:]), 1)
+
+
+def test_throughput_without_bfloat16():
+    """All calls on a machine where float32 is the default, and the most that its arithmetic allows."""
+    names = (f"throughput_cpu_intel{name}" for name in ("", "_earlier", "_noon", "_slow_hour", "_contiguous"))
+    calls, fixed_ratios, moving_ratios = calls_beside_cleanrl(*names)
     ends = calls[0].loc["EnvPool, random actions"]
     assert_says(SPEED, "EnvPool alone ranged from {} to {} within the first of them", ends.lowest, ends.highest)
-    words = (
-        "four other calls, three of them of earlier versions, gave {} to {} times CleanRL at L = 32 and {} to {} with L moving"
-    )
+    words = "four other calls gave {} to {} times CleanRL at L = 32 and {} to {} with L moving"
     assert_says(MAIN, words, *(end(ratios[1:]) for ratios in (fixed_ratios, moving_ratios) for end in (min, max)))
     emulator, calm_peer = (calls[0]["steps_per_second"].iloc[row] for row in (0, -1))
 
@@ -327,8 +340,8 @@ def test_throughput_without_bfloat16():
 def test_what_makes_it_fast():
     """The figures that the choice of precision, layout, microbatches and memory rests on."""
 
-    def rates(name, *rows):
-        measured_here = pd.read_csv(ROOT / "docs" / f"{name}_intel.csv", index_col="name")["steps_per_second"]
+    def rates(name, *rows, machine="intel"):
+        measured_here = pd.read_csv(ROOT / "docs" / f"{name}_{machine}.csv", index_col="name")["steps_per_second"]
         return [measured_here[row] for row in rows]
 
     kept, runs = "freed memory kept, run", (1, 2, 3)
@@ -342,9 +355,12 @@ def test_what_makes_it_fast():
     assert_says(
         SPEED, "float32 leads, {} against {}, one run each", *rates("flags", script, f"{script}, --precision bfloat16")
     )
-    seconds = pd.read_csv(STUDY / "durations.csv").query("exit_code == 0").set_index("job")["seconds"]
-    assert_says(SPEED, "(float32, Pong, 32 steps) took {} s and job 22", seconds[17])
-    assert_says(SPEED, "(bfloat16, Breakout, 16 to 64 steps), mostly at the same time, {} s", seconds[22])
+    flags = ["", ", --memory-format contiguous", ", --precision float32", ", --compile"]
+    default, contiguous, float32, compiled = rates("flags", *(script + flag for flag in flags), machine="amd")
+    assert_says(SPEED, "In bfloat16 on AMD {} steps/s against {} (", default, contiguous)
+    assert_says(SPEED, "**bfloat16** on AMD: {} steps/s against {} in float32", default, float32)
+    assert_says(SPEED, "makes bfloat16 slower on AMD, {} steps/s instead of {}", compiled, default)
+    assert_says(MAIN, "makes the script slower ({} instead of {} steps/s on AMD)", compiled, default)
     layouts = [f"{layout}, run {i}" for layout in ("channels_last", "contiguous") for i in (1, 2)]
     assert_says(SPEED, "there: {} and {} steps/s against {} and {}", *rates("memory_format", *layouts))
     assert_says(SPEED, "float32 reaches {} steps/s instead of {}", *rates("microbatch", "after, L = 32", "before, L = 32"))

@@ -121,6 +121,30 @@ def test_memory_formats_compute_the_same(script):
 
 
 @pytest.mark.parametrize("script", DISTINCT_NETWORKS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_first_layer_is_the_same_convolution_in_every_layout(script, precision):
+    """Bit for bit, its gradient too, where whole numbers leave nothing to round: also as a convolution of blocks."""
+    generator = torch.Generator().manual_seed(1)
+    layer = copy.deepcopy(fresh_network(script).encoder[0])
+    whole = torch.randint(-1, 2, layer.weight.shape, generator=generator).float()
+    layer.weight.data, layer.bias.data = 255 * whole, torch.arange(len(whole)).float()
+    observations = minibatch(script, 3)[0]
+    expected = torch.nn.functional.conv2d(observations.double(), whole.double(), layer.bias.double(), stride=4)
+    signs = torch.randint(-1, 2, expected.shape, generator=generator)
+    gradients = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        layer.memory_format = memory_format
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            output = layer(observations)
+        assert output.is_contiguous(memory_format=memory_format)
+        assert torch.equal(output, expected.to(getattr(torch, precision)))
+        output.backward(signs.to(output.dtype))
+        gradients.append(layer.weight.grad)
+    assert gradients[0].abs().max() > 1 and torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("script", DISTINCT_NETWORKS, ids=lambda script: script.__name__)
 @pytest.mark.parametrize(
     "memory_format, precision, device, expected",
     [
