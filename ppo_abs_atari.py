@@ -113,7 +113,7 @@ class Args:
     learning_rate: float = 2.5e-4
     """learning rate of the optimizer"""
     anneal_lr: bool = True
-    """if toggled, the learning rate falls linearly to 0 over the agent steps"""
+    """if toggled, the learning rate falls linearly to 0 over schedule-timesteps"""
     num_steps: int = 32
     """rollout length in steps per environment when it is not adapted, and the base length of --scale-epochs"""
     gamma: float = 0.99
@@ -899,7 +899,8 @@ def save_checkpoint(run_dir, content):
     except OSError as e:
         print(f"warning: cannot write {path} ({e.strerror}); training goes on without this checkpoint", file=sys.stderr)
         return
-    for old in sorted(run_dir.glob("checkpoint_*.pt"), key=os.path.getmtime)[:-2]:  # a damaged one may be of a later step
+    by_age = sorted(run_dir.glob("checkpoint_*.pt"), key=os.path.getmtime)  # a damaged one may be of a later step
+    for old in [*by_age[:-2], *run_dir.glob("checkpoint_*.part")]:  # kill -9 leaves what it interrupts
         old.unlink(missing_ok=True)
 
 
@@ -1086,7 +1087,7 @@ def bfloat16_is_fast(device):
 
 def speed_up(network, precision, device, use_compile=False, memory_format="auto"):
     """Makes the encoder compute in `precision` with features in `memory_format`, and compiles. Weights, heads, targets and
-    optimizer stay float32."""
+    optimizer stay float32; on CUDA, PyTorch's autocast computes LayerNorm in float32 too."""
     if memory_format == "channels_last" or (memory_format == "auto" and device.type == "cpu"):
         network.encoder[0].memory_format = torch.channels_last
     if precision == "bfloat16":
@@ -1147,17 +1148,18 @@ class CUDAGraphed:
 
 
 if __name__ == "__main__":
+    # Several processes (torchrun): each has its share of the environments, the first one logs, evaluates and saves
+    rank, world_size, local_rank = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+
     args, run_dir, checkpoint = find_run(parse_args())
     received_signals = catch_signals()
     sys.excepthook = explain_os_error
     # What its thread meets, the writer of the curves raises again here
     threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else threading.__excepthook__(error)
 
-    # Several processes (torchrun): each has its share of the environments, the first one logs, evaluates and saves
-    rank, world_size, local_rank = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     num_envs = args.num_envs // world_size
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")
     cores = max(1, granted_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     torch.manual_seed(args.seed)
@@ -1181,7 +1183,9 @@ if __name__ == "__main__":
     keep_freed_memory()
 
     if args.eval_only:
-        received_signals.append(0)  # a signal need not wait
+        received_signals.append(0)  # from here on, a signal need not wait
+        if received_signals[0]:
+            stop_at_once(received_signals[0])
         evaluate_only(args, device)
         sys.exit()
 
@@ -1397,7 +1401,7 @@ if __name__ == "__main__":
             for inds in torch.randperm(length * num_envs, generator=rng, device=device).split(minibatch_size):
                 mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
                 logs += update_step(*(x.index_select(0, inds) for x in batch), mb_weights)
-        losses = (logs / (epochs * args.num_minibatches)).tolist()
+        losses = reduce_numbers((logs / (epochs * args.num_minibatches)).tolist())  # all processes see where one is not finite
         for name, loss in zip(LOSSES, losses, strict=True):
             writer.add_scalar(f"losses/{name}", loss, global_step)
         if not math.isfinite(sum(losses)):
@@ -1490,9 +1494,9 @@ if __name__ == "__main__":
     save_checkpoint(run_dir, state)
     (run_dir / "eval.json").unlink(missing_ok=True)  # of the model before, where this run was extended
     save_model(network, args, global_step, run_dir / "model.pt")
-    if received_signals:  # it came where no iteration was left to notice it
-        stop_at_once(received_signals[0])
     received_signals.append(0)  # from here on, a signal need not wait
+    if received_signals[0]:  # one came where no iteration was left to notice it
+        stop_at_once(received_signals[0])
     trained = f"trained {global_step - start_step:,} steps in {time.time() - start_time:.0f} s"
     print(f"{trained}: {run_dir / 'model.pt'}", flush=True)
     for name, value in evaluate_and_record(network, args, device, run_dir).items():

@@ -217,6 +217,14 @@ def test_a_damaged_checkpoint_is_none_of_the_last_two(tmp_path):
     assert [load(path)["global_step"] for path in checkpoints(tmp_path)] == [150, 190]
 
 
+@pytest.mark.parametrize("module", MODULES.values(), ids=lambda module: module.__name__)
+def test_what_kill_9_left_half_written_goes_away(module, tmp_path):
+    """With the next checkpoint, since that has another name and would not write over it."""
+    (tmp_path / "checkpoint_000000000100.pt.part").write_bytes(b"half")
+    module.save_checkpoint(tmp_path, {"global_step": 200})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_000000000200.pt"]
+
+
 def test_computing_in_another_way(copy, tmp_path):
     """A checkpoint of a run with --cudagraphs, whose optimizer works in another way, goes on where there is no GPU, and in
     another memory format."""
@@ -415,6 +423,19 @@ def test_sigint_and_impatience(stopped, tmp_path):
     assert json.loads((run_dir / "eval.json").read_text())["episodes"] == 2
 
 
+@pytest.mark.parametrize("script", DISTINCT)
+def test_a_signal_while_the_evaluation_is_set_up(script, run_here, monkeypatch):
+    """--eval-only has no iteration at whose end it would look: it stops before it plays."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: signal.raise_signal(signal.SIGTERM))
+    try:
+        result = run_here(script, "--eval-only", "--model", "model.pt")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert result.returncode == 143 and "stopped at once" in result.stdout
+
+
 @pytest.mark.parametrize("module", MODULES.values(), ids=lambda module: module.__name__)
 def test_a_second_signal(module, monkeypatch, capsys):
     """Within two seconds it is the first one once more; later it ends the script at once, as any does where none need wait."""
@@ -569,6 +590,39 @@ def test_two_processes_stay_one_policy(script, tmp_path):
     assert same(load(run_dir / "model.pt")["weights"], first["weights"])
     assert len(load(checkpoints(run_dir)[-1])["random_states"]) == 2
     assert output.count("trained") == 1 and "2 processes" in output
+    again = start(script, "--resume", run_dir, cwd=tmp_path, command=command)
+    assert again.communicate(timeout=120)[0].count("is finished") == 1
+
+
+NAN_IN_THE_SECOND = """
+import os, runpy, sys
+import envpool, numpy as np
+make = envpool.make
+def make_worthless(*arguments, **options):
+    pool = make(*arguments, **options)
+    recv = pool.recv
+    def worthless(**how):
+        result = recv(**how)
+        return result if how else (result[0], np.full_like(result[1], np.nan), *result[2:])
+    if os.environ["RANK"] == "1":
+        pool.recv = worthless
+    return pool
+envpool.make = make_worthless
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", [PQN, "ppo_abs_atari.py"])
+def test_a_loss_that_is_not_finite_in_one_process_only(script, tmp_path):
+    """All processes stop in the iteration in which it happens, and the first one notes it."""
+    (tmp_path / "nan.py").write_text(NAN_IN_THE_SECOND)
+    once = ("--no-adapt-rollout", "--num-steps", 4, "--num-minibatches", 1, "--update-epochs", 1)
+    process = start(script, *SIZE, 10**6, *once, cwd=tmp_path, command=(*TORCHRUN, str(tmp_path / "nan.py")))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "error: the loss is no longer finite at step 32;" in errors
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert json.loads((run_dir / "diverged.json").read_text()) == {"global_step": 32}
 
 
 SECOND_ELSEWHERE = """
