@@ -594,31 +594,39 @@ def test_two_processes_stay_one_policy(script, tmp_path):
     assert again.communicate(timeout=120)[0].count("is finished") == 1
 
 
-NAN_IN_THE_SECOND = """
+OTHER_REWARDS = """
 import os, runpy, sys
 import envpool, numpy as np
+reward, sys.argv = float(sys.argv[1]), sys.argv[2:]
 make = envpool.make
-def make_worthless(*arguments, **options):
+def make_other(*arguments, **options):
     pool = make(*arguments, **options)
     recv = pool.recv
-    def worthless(**how):
+    def receive(**how):
         result = recv(**how)
-        return result if how else (result[0], np.full_like(result[1], np.nan), *result[2:])
+        return result if how else (result[0], np.full_like(result[1], reward), *result[2:])
     if os.environ["RANK"] == "1":
-        pool.recv = worthless
+        pool.recv = receive
     return pool
-envpool.make = make_worthless
-sys.argv = sys.argv[1:]
+envpool.make = make_other
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("script", [PQN, "ppo_abs_atari.py"])
-def test_a_loss_that_is_not_finite_in_one_process_only(script, tmp_path):
-    """All processes stop in the iteration in which it happens, and the first one notes it."""
-    (tmp_path / "nan.py").write_text(NAN_IN_THE_SECOND)
+@pytest.mark.parametrize("script, loss", [(PQN, "td_loss"), ("ppo_abs_atari.py", "value_loss")])
+def test_losses_are_those_of_all_processes(script, loss, tmp_path):
+    """The curve is the mean; where one process has a loss that is not finite, all stop, and the first one notes it."""
+    (tmp_path / "rewards.py").write_text(OTHER_REWARDS)
+    command = (*TORCHRUN, str(tmp_path / "rewards.py"))
     once = ("--no-adapt-rollout", "--num-steps", 4, "--num-minibatches", 1, "--update-epochs", 1)
-    process = start(script, *SIZE, 10**6, *once, cwd=tmp_path, command=(*TORCHRUN, str(tmp_path / "nan.py")))
+    process = start(script, *SIZE, 32, *once, cwd=tmp_path, command=(*command, "1000"))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    (run_dir,) = tmp_path.glob("runs/*")
+    ((_, value),) = curves(run_dir)[f"losses/{loss}"]
+    assert value > 1e4  # the rewards of the first process are 0 or 1 here, so its own loss is small
+    shutil.rmtree(run_dir)
+    process = start(script, *SIZE, 10**6, *once, cwd=tmp_path, command=(*command, "nan"))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and "error: the loss is no longer finite at step 32;" in errors
     (run_dir,) = tmp_path.glob("runs/*")
