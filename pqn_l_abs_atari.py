@@ -68,6 +68,13 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+# Set by torchrun, where several processes train one policy: each has its share of the environments, the first one (rank 0)
+# logs, evaluates and saves
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
 
 @dataclass
 class Args:
@@ -76,7 +83,7 @@ class Args:
     seed: int = 1
     """seed of network, actions, minibatches and games"""
     torch_deterministic: bool = True
-    """if toggled, cuDNN uses deterministic algorithms only (on the CPU a run repeats with as many threads)"""
+    """if toggled, cuDNN uses deterministic algorithms only (the CPU does so anyway, for a given number of threads)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the network runs; auto takes CUDA where there is one"""
     track: bool = False
@@ -106,7 +113,7 @@ class Args:
     total_timesteps: int = 20_000_000
     """length of training in agent steps over all environments; no rollout is begun that would exceed it"""
     schedule_timesteps: int = 0
-    """agent steps over which all schedules in time run; 0 is total-timesteps (the first, where a run is extended)"""
+    """agent steps that all schedules in time span; 0 is total-timesteps (that of its beginning, where a run is extended)"""
     learning_rate: float = 2.5e-4
     """learning rate of the optimizer"""
     anneal_lr: bool = False
@@ -156,7 +163,7 @@ class Args:
     reference_batch_size: int = 2048
     """number of states of the rollout on which divergence is measured, M (the whole batch if that is smaller)"""
     scale_epochs: bool = False
-    """if toggled, epochs grow with the rollout beyond num-steps, in whole ones, to keep gradient steps per sample level"""
+    """if toggled, rollouts longer than num-steps get more epochs in proportion (rounded): as many gradient steps per sample"""
     log_noise_scale: bool = False
     """if toggled, the gradient noise scale is measured and logged beside the divergence (one more epoch of gradients each)"""
 
@@ -268,7 +275,7 @@ class AtariEnvs:
     ):
         self.num_envs = len(seeds)
         self.max_episode_steps = max_episode_steps
-        self.pool = envpool.make(
+        self.envpool = envpool.make(
             env_id,
             env_type="gymnasium",
             num_envs=self.num_envs,
@@ -279,23 +286,23 @@ class AtariEnvs:
             episodic_life=episodic_life,
             reward_clip=True,
         )
-        self.num_actions = int(self.pool.action_space.n)
+        self.num_actions = int(self.envpool.action_space.n)
         self.episode_return = np.zeros(self.num_envs)  # raw score of the running game, all lives
         self.episode_length = np.zeros(self.num_envs, dtype=np.int64)  # its agent steps
         self.done = np.zeros(self.num_envs, dtype=bool)
 
     def reset(self):
         """Starts all games. Returns observations (num_envs, 4, 84, 84) uint8."""
-        return self.pool.reset()[0]
+        return self.envpool.reset()[0]
 
     def send(self, actions, env_ids=None):
         """Starts one step with actions (num_envs,), or with (n,) in the n games env_ids only."""
-        self.pool.send(actions.astype(np.int32), env_ids)
+        self.envpool.send(actions.astype(np.int32), env_ids)
 
     def recv(self):
         """Waits for the step. Returns observations (n, 4, 84, 84) uint8, clipped rewards (n,), terminations (n,), dones (n,),
         is_reset (n,), and the (raw return, length in agent steps, game) of every game that ended in this step."""
-        observations, rewards, terminated, truncated, info = self.pool.recv()
+        observations, rewards, terminated, truncated, info = self.envpool.recv()
         env_ids = info["env_id"]
         is_reset = self.done[env_ids]
         game_over = info["terminated"].astype(bool)  # unlike `terminated`, also where it coincides with the time limit
@@ -312,7 +319,7 @@ class AtariEnvs:
         return observations, rewards, terminations, dones, is_reset, games
 
     def close(self):
-        self.pool.close()
+        self.envpool.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -491,12 +498,18 @@ def gradient_noise_scale(gradients, minibatch_size):
     return noise, float(mean.square().sum()) - noise / (len(gradients) * minibatch_size)
 
 
+# ---------------------------------------------------------------------------------------------------------------------------
+# Acting and learning
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def greedy_actions(network, observations):
     """Greedy actions (M,) on observations (M, 4, 84, 84)."""
     return torch.cat([network(chunk).argmax(1) for chunk in observations.split(256)])
 
 
+@torch.no_grad()
 def act(network, observations, explore, random_actions):
     """Epsilon-greedy actions (n,) and max_a Q (n,) on observations (n, 4, 84, 84); explore (n,) bool: who acts randomly."""
     values, greedy = network(observations).max(1)
@@ -543,13 +556,50 @@ def measure_noise_scale(network, gradient_step, batch, weights, num_minibatches,
         mb_weights = weights[inds] / weights[inds].sum().clamp(min=1)
         gradient_step(*(x.index_select(0, inds) for x in batch), mb_weights)
         gradients.append(nn.utils.parameters_to_vector(p.grad for p in network.parameters()))
-    transitions = reduce_numbers([float(weights.sum())])[0] * (dist.get_world_size() if dist.is_initialized() else 1)
+    transitions = reduce_numbers([float(weights.sum())], dist.ReduceOp.SUM)[0]
     return gradient_noise_scale(gradients, transitions / num_minibatches)
 
 
 def linear_schedule(start, end, duration, t):
     """From start at t = 0 to end at t = duration and after, both in agent steps."""
     return end if t >= duration else start + (end - start) * t / duration
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Errors and files
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def fail(message, code=2):
+    """Ends the script with one line on stderr."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def write_file(path, content):
+    """Writes bytes to a file, beside and then renamed, so that neither a crash nor a full disk leaves half of it."""
+    part = Path(f"{path}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path, content):
+    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def serialize(content):
+    """The bytes of a torch.save file. Writing them ourselves keeps the reason of an OSError, which torch.save hides."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -614,36 +664,9 @@ def evaluate(network, env_id, episodes, epsilon, seed, device, num_threads=0, ma
     }
 
 
-def write_file(path, content):
-    """Writes bytes to a file, beside and then renamed, so that neither a crash nor a full disk leaves half of it."""
-    part = Path(f"{path}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path, content):
-    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def serialize(content):
-    """What torch.save writes, as bytes: saved to a file directly, it would report a full disk in riddles."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getbuffer()
-
-
 def save_model(network, args, global_step, path):
     """Writes weights, arguments and agent steps so far."""
-    settings = dataclasses.asdict(args) | {"resume": "", "auto_resume": False}
-    content = {"weights": network.state_dict(), "args": settings, "global_step": global_step}
+    content = {"weights": network.state_dict(), "args": dataclasses.asdict(args), "global_step": global_step}
     write_file(path, serialize(content))
 
 
@@ -651,50 +674,12 @@ def load_model(path, device):
     """Reads what save_model wrote. Returns the network and the Args of its training, or fails with one line."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(content, dict):
-            raise TypeError
         network = QNetwork(len(content["weights"]["head.bias"])).to(device)
         network.load_state_dict(content["weights"])
         return network, Args(**content["args"])
     except Exception as e:
         reason = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else "not a model of this script"
         fail(f"cannot use --model {path!r} ({reason}); give the model.pt that a run of {Path(__file__).name} left")
-
-
-def make_run_dir(args):
-    """Makes runs/<game>__<experiment>__<seed>__<time>; where another run has the name, it waits for the next second."""
-    while True:
-        run_dir = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        try:
-            run_dir.mkdir(parents=True)
-            claim(run_dir)
-            return run_dir
-        except OSError as e:
-            if not os.path.exists(run_dir):
-                fail(f"cannot make the run folder {run_dir}: {e.strerror}; start where runs/ is a folder you may write to")
-            time.sleep(1)
-
-
-def keep_source(run_dir, device):
-    """Leaves in the run's folder the source of this script and, in versions.json, what runs it: a list that grows by one
-    entry, and a warning, where a run is continued by something else."""
-    source = Path(__file__).read_bytes()
-    versions = {
-        "script": Path(__file__).name,
-        "source": hashlib.sha256(source).hexdigest()[:12],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{package: importlib.metadata.version(package) for package in ("envpool", "numpy")},
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
-    }
-    path = run_dir / "versions.json"
-    past = json.loads(path.read_text()) if path.exists() else []
-    if past and past[-1] != versions:
-        changed = ", ".join(f"{name} (was {was})" for name, was in past[-1].items() if was != versions.get(name))
-        print(f"warning: what runs {run_dir} has changed since: {changed}", file=sys.stderr, flush=True)
-    if not past or past[-1] != versions:
-        write_file(run_dir / versions["script"], source)
-        write_json(path, [*past, versions])
 
 
 @torch.no_grad()
@@ -732,11 +717,11 @@ def record_video(network, env_id, episodes, epsilon, seed, device, folder, max_e
 def evaluate_and_record(network, args, device, run_dir):
     """The end of a run, and all of --eval-only: evaluation, video and eval.json. Returns what evaluate() does."""
     settings = (args.eval_epsilon, args.seed, device)
-    limits = (args.max_episode_steps, args.sticky_action_probability)
+    game_options = (args.max_episode_steps, args.sticky_action_probability)
     statistics = {}
     if args.eval_episodes:
         print(f"evaluating {args.eval_episodes} games of {args.env_id} with epsilon {args.eval_epsilon}", flush=True)
-        statistics = evaluate(network, args.env_id, args.eval_episodes, *settings, args.env_threads, *limits)
+        statistics = evaluate(network, args.env_id, args.eval_episodes, *settings, args.env_threads, *game_options)
         write_json(run_dir / "eval.json", statistics)
         rounded = {name: round(value, 3) for name, value in statistics.items() if isinstance(value, float)}
         print(", ".join(f"{name} {value}" for name, value in rounded.items()) + f": {run_dir / 'eval.json'}", flush=True)
@@ -744,7 +729,7 @@ def evaluate_and_record(network, args, device, run_dir):
         if 2 * distinct < args.eval_episodes:
             print(f"only {distinct} of these games differ in their actions; --eval-epsilon 0.01 varies them", flush=True)
     if args.capture_video:
-        scores = record_video(network, args.env_id, args.video_episodes, *settings, run_dir / "videos", *limits)
+        scores = record_video(network, args.env_id, args.video_episodes, *settings, run_dir / "videos", *game_options)
         print(f"recorded {args.video_episodes} games with scores {scores}: {run_dir / 'videos'}")
     return statistics
 
@@ -758,19 +743,13 @@ def evaluate_only(args, device):
     for name in "precision memory_format env_id seed max_episode_steps sticky_action_probability".split():
         if not given(name):
             setattr(args, name, getattr(trained, name))
-    network = speed_up(network, args.precision, device, memory_format=args.memory_format)
+    network = speed_up(network, args.precision, device, args.compile, args.memory_format)
     evaluate_and_record(network, args, device, Path(args.model).parent)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------------
-
-
-def fail(message, code=2):
-    """Ends the script with one line on stderr."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
 
 
 def parse_args(default=None):
@@ -799,7 +778,7 @@ def rollout_range(args):
     are multiples, so that every minibatch has the same size: the number of minibatches or, where the range is too narrow or
     too short for that, the least number that divides the batch evenly."""
     low, high = (args.rollout_length_min, args.rollout_length_max) if args.adapt_rollout else (args.num_steps, args.num_steps)
-    num_envs = args.num_envs // int(os.environ.get("WORLD_SIZE", 1))  # each process splits its own part of the batch
+    num_envs = args.num_envs // WORLD_SIZE  # each process splits its own part of the batch
     multiple = args.num_minibatches
     if multiple > low or high // multiple * multiple < low:
         multiple //= math.gcd(multiple, num_envs)
@@ -844,12 +823,11 @@ def check_args(args):
         fail(f"--divergence-min {args.divergence_min} must be less than --divergence-max {args.divergence_max}")
     if args.rollout_length_min > args.rollout_length_max:
         fail(f"--rollout-length-min {args.rollout_length_min} is above --rollout-length-max {args.rollout_length_max}")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if args.num_envs % world_size:
-        fail(f"--num-envs {args.num_envs} does not divide into {world_size} equal processes; use a multiple of {world_size}")
-    if args.num_envs // world_size % max(1, args.env_pools):
-        fail(f"--num-envs {args.num_envs // world_size} does not divide into --env-pools {args.env_pools} equal groups")
-    if args.cudagraphs and world_size > 1:
+    if args.num_envs % WORLD_SIZE:
+        fail(f"--num-envs {args.num_envs} does not divide into {WORLD_SIZE} equal processes; use a multiple of {WORLD_SIZE}")
+    if args.num_envs // WORLD_SIZE % max(1, args.env_pools):
+        fail(f"--num-envs {args.num_envs // WORLD_SIZE} does not divide into --env-pools {args.env_pools} equal groups")
+    if args.cudagraphs and WORLD_SIZE > 1:
         fail("--cudagraphs works with one process only; leave it out under torchrun")
     if bool(args.resume) + args.auto_resume + args.eval_only > 1:
         fail("--resume, --auto-resume and --eval-only exclude each other; use one of them")
@@ -859,12 +837,12 @@ def check_args(args):
         fail(f"--total-timesteps {args.total_timesteps} is less than the first rollout; use {first_batch} or more")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda, but PyTorch finds no CUDA device here; use --device cpu or auto")
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if args.device != "cpu" and 0 < gpus < processes:
-        fail(f"{processes} processes, but {gpus} GPUs here; use torchrun --nproc_per_node={gpus} or --device cpu")
+    gpus = torch.cuda.device_count()
+    if args.device != "cpu" and 0 < gpus < LOCAL_WORLD_SIZE:
+        fail(f"{LOCAL_WORLD_SIZE} processes, but {gpus} GPUs here; use torchrun --nproc_per_node={gpus} or --device cpu")
     if args.eval_only and not args.model:
         fail("--eval-only needs --model runs/<run>/model.pt")
-    if args.eval_only and world_size > 1:
+    if args.eval_only and WORLD_SIZE > 1:
         fail("--eval-only works with one process only; start it with python, not torchrun")
     if args.model and not args.eval_only:
         fail("--model is for --eval-only; add that, or leave --model out to train")
@@ -881,7 +859,7 @@ def check_args(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Long runs: checkpoints, signals, several processes
+# Long runs: run folder, checkpoints, signals, several processes
 # ---------------------------------------------------------------------------------------------------------------------------
 
 # A run may be continued with other values of these (eval_greedy is PPO's): where it runs and what is done beside training.
@@ -890,6 +868,43 @@ MAY_CHANGE = set(
     "eval_greedy eval_only model checkpoint_interval resume auto_resume compile cudagraphs microbatch_size env_pools "
     "env_threads torch_threads memory_format".split()
 )
+
+
+def make_run_dir(args):
+    """Makes runs/<game>__<experiment>__<seed>__<time>; where another run has the name, it waits for the next second."""
+    while True:
+        run_dir = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        try:
+            run_dir.mkdir(parents=True)
+            claim(run_dir)
+            return run_dir
+        except OSError as e:
+            if not os.path.exists(run_dir):
+                fail(f"cannot make the run folder {run_dir}: {e.strerror}; start where runs/ is a folder you may write to")
+            time.sleep(1)
+
+
+def keep_source(run_dir, device):
+    """Leaves in the run's folder the source of this script and, in versions.json, what runs it: a list that grows by one
+    entry, and a warning, where a run is continued by something else."""
+    source = Path(__file__).read_bytes()
+    versions = {
+        "script": Path(__file__).name,
+        "source": hashlib.sha256(source).hexdigest()[:12],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{package: importlib.metadata.version(package) for package in ("envpool", "numpy")},
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
+    }
+    path = run_dir / "versions.json"
+    past = json.loads(path.read_text()) if path.exists() else []
+    if past[-1:] == [versions]:
+        return
+    if past:
+        changed = ", ".join(f"{name} (was {was})" for name, was in past[-1].items() if was != versions.get(name))
+        print(f"warning: what runs {run_dir} has changed since: {changed}", file=sys.stderr, flush=True)
+    write_file(run_dir / versions["script"], source)
+    write_json(path, [*past, versions])
 
 
 def save_checkpoint(run_dir, content):
@@ -924,14 +939,11 @@ def load_checkpoint(run_dir):
 
 
 def saved_args(run_dir):
-    """The Args of a run, from its args.json; None where there is no such file of this script."""
+    """The Args of a run of this script, from its args.json; None where the folder holds no such run."""
     try:
         args = Args(**json.loads((run_dir / "args.json").read_text()))
-        scripts = [entry["script"] for entry in json.loads((run_dir / "versions.json").read_text())]
-    except FileNotFoundError as e:
-        scripts = []
-        if Path(e.filename).name == "args.json":
-            return None
+        versions = run_dir / "versions.json"  # not there yet where the run ended between the two
+        scripts = [entry["script"] for entry in json.loads(versions.read_text())] if versions.exists() else []
     except (OSError, ValueError, TypeError, KeyError):
         return None
     fits = all(type(getattr(args, field.name)) is type(field.default) for field in dataclasses.fields(Args))
@@ -939,9 +951,9 @@ def saved_args(run_dir):
 
 
 def claim(run_dir):
-    """Takes a run for this process, until it ends; False where another process has it. Torchrun's first process claims for
-    all. Where the system or the file system has no such locks, every claim is granted."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    """Locks a run's folder for the lifetime of this process (under torchrun, of the first one). False where another process
+    holds the lock, True also where the operating system or the file system has no such locks."""
+    if RANK == 0:
         with contextlib.suppress(ImportError):
             import fcntl
 
@@ -1005,9 +1017,8 @@ def find_run(args):
             f"{run_dir} is finished ({checkpoint['global_step']:,} steps); --resume with a larger --total-timesteps extends it"
         )
         sys.exit()
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if len(checkpoint["random_states"]) != world_size:
-        fail(f"{run_dir} was trained by {len(checkpoint['random_states'])} processes, not {world_size}; use as many again")
+    if len(checkpoint["random_states"]) != WORLD_SIZE:
+        fail(f"{run_dir} was trained by {len(checkpoint['random_states'])} processes, not {WORLD_SIZE}; use as many again")
     return args, run_dir, checkpoint
 
 
@@ -1018,9 +1029,8 @@ def stop_at_once(number):
 
 
 def catch_signals():
-    """From now on the first SIGTERM or SIGINT appears in the list that is returned, for the training loop to stop at the end
-    of its iteration; a signal that finds the list not empty ends the script at once. Not within two seconds: that is the same
-    request on another way, for example from Slurm itself and from the shell to which Slurm sent it."""
+    """Returns a list in which the first SIGTERM or SIGINT will appear, so that the training loop stops after its iteration. A
+    later one ends the script at once, but not within two seconds: Slurm and the shell it signals may pass on the same one."""
     received, patient_until = [], 0.0
 
     def handler(number, frame):
@@ -1060,9 +1070,7 @@ def average_gradients(network):
     if dist.is_initialized():
         gradients = nn.utils.parameters_to_vector(p.grad for p in network.parameters())
         dist.all_reduce(gradients)
-        gradients /= dist.get_world_size()
-        for p, gradient in zip(network.parameters(), gradients.split([p.numel() for p in network.parameters()]), strict=True):
-            p.grad.copy_(gradient.view_as(p))
+        nn.utils.vector_to_parameters(gradients / dist.get_world_size(), (p.grad for p in network.parameters()))
 
 
 class NoWriter:
@@ -1150,26 +1158,25 @@ class CUDAGraphed:
 
 
 if __name__ == "__main__":
-    # Several processes (torchrun): each has its share of the environments, the first one logs, evaluates and saves
-    rank, world_size, local_rank = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if rank > 0:
+    if RANK > 0:
         sys.stdout = open(os.devnull, "w")
 
     args, run_dir, checkpoint = find_run(parse_args())
+    args.resume, args.auto_resume = "", False  # how it was started is no part of the run
     received_signals = catch_signals()
     sys.excepthook = explain_os_error
     # What its thread meets, the writer of the curves raises again here
     threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else threading.__excepthook__(error)
 
-    num_envs = args.num_envs // world_size
-    cores = max(1, granted_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    num_envs = args.num_envs // WORLD_SIZE
+    cores = max(1, granted_cores() // LOCAL_WORLD_SIZE)
 
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device("cuda", local_rank) if args.device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", LOCAL_RANK) if args.device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world_size > 1:
+    if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.precision == "auto":
         args.precision = "bfloat16" if bfloat16_is_fast(device) else "float32"
@@ -1213,15 +1220,14 @@ if __name__ == "__main__":
     # Environments, in groups (pools) of which one is emulated while the network acts for another
     num_pools = args.env_pools or (2 if device.type == "cuda" and num_envs % 2 == 0 else 1)
     seeds = env_seeds(args.seed, args.num_envs, start=checkpoint["global_step"] if checkpoint else 0)
-    seeds = seeds[rank * num_envs : (rank + 1) * num_envs]
+    seeds = seeds[RANK * num_envs : (RANK + 1) * num_envs]
     groups = [slice(i, i + num_envs // num_pools) for i in range(0, num_envs, num_envs // num_pools)]
-    limits = (args.max_episode_steps, args.sticky_action_probability, args.episodic_life)
-    pools = [AtariEnvs(args.env_id, seeds[group], env_threads, *limits) for group in groups]
+    game_options = (args.max_episode_steps, args.sticky_action_probability, args.episodic_life)
+    pools = [AtariEnvs(args.env_id, seeds[group], env_threads, *game_options) for group in groups]
     num_actions = pools[0].num_actions
 
     # Network
     network = speed_up(QNetwork(num_actions).to(device), args.precision, device, args.compile, args.memory_format)
-    old_network = speed_up(QNetwork(num_actions).to(device), args.precision, device, args.compile, args.memory_format)
     learning_rate = torch.tensor(args.learning_rate, device=device) if args.cudagraphs else args.learning_rate
     optimizer = torch.optim.RAdam(network.parameters(), lr=learning_rate, foreach=True, capturable=args.cudagraphs)
     act_step = partial(act, network)
@@ -1232,7 +1238,7 @@ if __name__ == "__main__":
         act_step, update_step = CUDAGraphed(act_step), CUDAGraphed(update_step)
         warnings.filterwarnings("ignore", ".*without CUDA graph capture")  # the first step of each shape, on purpose
     # Training draws from one generator and measuring from another, so measuring changes no run.
-    rank_seed = args.seed + 1_000_003 * rank  # within the 32 bits that the CPU's generator looks at
+    rank_seed = args.seed + 1_000_003 * RANK  # within the 32 bits that the CPU's generator looks at
     rng = torch.Generator(device).manual_seed(rank_seed)
     reference_rng = torch.Generator(device).manual_seed(rank_seed)
 
@@ -1252,24 +1258,24 @@ if __name__ == "__main__":
         rollout_length = checkpoint["rollout_length"]
         for name, kept in (("divergences", divergences), ("noise_scales", noise_scales), ("recent_returns", recent_returns)):
             kept.extend(checkpoint[name])
-        for generator, random_state in zip((rng, reference_rng), checkpoint["random_states"][rank], strict=True):
+        for generator, random_state in zip((rng, reference_rng), checkpoint["random_states"][RANK], strict=True):
             try:
                 generator.set_state(random_state)
             except RuntimeError:  # another kind of device has another kind of generator
                 generator.manual_seed(rank_seed + global_step)
 
-    steps_and_minus_steps = [global_step, -global_step]  # of which the maxima are these where all processes agree
-    if reduce_numbers(steps_and_minus_steps, dist.ReduceOp.MAX) != steps_and_minus_steps:
+    highest_step, minus_lowest_step = reduce_numbers([global_step, -global_step], dist.ReduceOp.MAX)
+    if highest_step != -minus_lowest_step:
         fail("the processes found different checkpoints; runs/ must be one folder that all machines see")
 
     # Run folder and logs
-    run_dir = run_dir or (make_run_dir(args) if rank == 0 else None)
-    if world_size > 1:
+    run_dir = run_dir or (make_run_dir(args) if RANK == 0 else None)
+    if WORLD_SIZE > 1:
         dist.broadcast_object_list(folder := [run_dir])
         run_dir = folder[0]
     threads = f"{torch.get_num_threads()} PyTorch and {sum(min(env_threads, e.num_envs) for e in pools)} emulator threads"
-    if world_size > 1:
-        threads += f", {world_size} processes"
+    if WORLD_SIZE > 1:
+        threads += f", {WORLD_SIZE} processes"
     print(
         f"{args.env_id} on {device.type} ({args.precision}, {threads}), {sum(p.numel() for p in network.parameters()):,} "
         f"parameters, batches of {args.num_envs * shortest:,} to {args.num_envs * longest:,} samples in multiples of "
@@ -1281,34 +1287,33 @@ if __name__ == "__main__":
     if args.total_timesteps > schedule_timesteps:
         note = ", so the learning rate is 0 from there on" * args.anneal_lr
         print(f"schedules stay those of the first {schedule_timesteps:,} steps{note}", flush=True)
-    if args.track and rank == 0:
+    if args.track and RANK == 0:
         import wandb
 
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity or None, "name": run_dir.name}
         wandb.init(**names, id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
     # After a crash the curves may have points beyond the checkpoint: purge_step takes them out
-    writer = SummaryWriter(str(run_dir), purge_step=global_step + 1 if checkpoint else None) if rank == 0 else NoWriter()
-    settings = vars(args) | {"resume": "", "auto_resume": False}
+    writer = SummaryWriter(str(run_dir), purge_step=global_step + 1 if checkpoint else None) if RANK == 0 else NoWriter()
     if not checkpoint:
-        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in settings.items()))
-    if rank == 0:
-        write_json(run_dir / "args.json", settings)
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    if RANK == 0:
+        write_json(run_dir / "args.json", vars(args))
         keep_source(run_dir, device)
 
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True, file=sys.stdout, disable=None)
     start_step, last_checkpoint_step, last_log = global_step, global_step, time.time()
     start_time = last_checkpoint_time = last_log
 
-    def training_state(finished=False):
+    def training_state():
         """All that a checkpoint holds: everything but the games, which the emulator cannot save."""
-        random_states = [[rng.get_state(), reference_rng.get_state()]] * world_size  # of this process
-        if world_size > 1:
-            dist.all_gather_object(random_states, random_states[rank])  # of each
+        random_states = [[rng.get_state(), reference_rng.get_state()]] * WORLD_SIZE  # of this process
+        if WORLD_SIZE > 1:
+            dist.all_gather_object(random_states, random_states[RANK])  # of each
         return {
             "weights": network.state_dict(),
             "optimizer": optimizer.state_dict(),
             "random_states": random_states,
-            "args": settings,
+            "args": vars(args),
             "global_step": global_step,
             "iteration": iteration,
             "num_measurements": num_measurements,
@@ -1316,7 +1321,7 @@ if __name__ == "__main__":
             "divergences": list(divergences),
             "noise_scales": list(noise_scales),
             "recent_returns": list(recent_returns),
-            "finished": finished,
+            "finished": False,
         }
 
     obs[0] = torch.from_numpy(np.concatenate([envs.reset() for envs in pools]))
@@ -1335,9 +1340,6 @@ if __name__ == "__main__":
                 optimizer.param_groups[0]["lr"].fill_(learning_rate)
             else:
                 optimizer.param_groups[0]["lr"] = learning_rate
-        measure = iteration % args.adapt_interval == 0
-        if measure:
-            old_network.load_state_dict(network.state_dict())
 
         # Rollout: pass t receives what the actions of pass t - 1 led to (obs[t], t - 1 of the rest), then acts on obs[t]
         steps = [global_step + args.num_envs * (t + 1) for t in range(length)]
@@ -1346,28 +1348,27 @@ if __name__ == "__main__":
         explore = torch.rand((length, num_envs), generator=rng, device=device) < epsilons.to(device).unsqueeze(1)
         random_actions = torch.randint(num_actions, (length, num_envs), generator=rng, device=device)
         emulation_time = inference_time = 0.0
-        with torch.no_grad():
-            for t, (envs, group) in itertools.product(range(length + 1), zip(pools, groups, strict=True)):
+        for t, (envs, group) in itertools.product(range(length + 1), zip(pools, groups, strict=True)):
+            start = time.perf_counter()
+            if t > 0:
+                next_obs, reward, terminated, done, is_reset, games = envs.recv()
+                emulation_time += time.perf_counter() - start
                 start = time.perf_counter()
-                if t > 0:
-                    next_obs, reward, terminated, done, is_reset, games = envs.recv()
-                    emulation_time += time.perf_counter() - start
-                    start = time.perf_counter()
-                    obs[t, group] = torch.from_numpy(next_obs)
-                    rewards[t - 1, group] = torch.from_numpy(reward)
-                    terminations[t - 1, group] = torch.from_numpy(terminated)
-                    dones[t - 1, group] = torch.from_numpy(done)
-                    is_transition[t - 1, group] = torch.from_numpy(~is_reset)
-                    for episodic_return, episodic_length, _ in games:
-                        recent_returns.append(episodic_return)
-                        writer.add_scalar("charts/episodic_return", episodic_return, steps[t - 1])
-                        writer.add_scalar("charts/episodic_length", episodic_length, steps[t - 1])
-                draw = min(t, length - 1)  # the last pass acts no more, it only takes the values to bootstrap from
-                action, values[t, group] = act_step(obs[t, group], explore[draw, group], random_actions[draw, group])
-                if t < length:
-                    actions[t, group] = action
-                    envs.send(action.cpu().numpy())
-                inference_time += time.perf_counter() - start
+                obs[t, group] = torch.from_numpy(next_obs)
+                rewards[t - 1, group] = torch.from_numpy(reward)
+                terminations[t - 1, group] = torch.from_numpy(terminated)
+                dones[t - 1, group] = torch.from_numpy(done)
+                is_transition[t - 1, group] = torch.from_numpy(~is_reset)
+                for episodic_return, episodic_length, _ in games:
+                    recent_returns.append(episodic_return)
+                    writer.add_scalar("charts/episodic_return", episodic_return, steps[t - 1])
+                    writer.add_scalar("charts/episodic_length", episodic_length, steps[t - 1])
+            draw = min(t, length - 1)  # the last pass acts no more, it only takes the values to bootstrap from
+            action, values[t, group] = act_step(obs[t, group], explore[draw, group], random_actions[draw, group])
+            if t < length:
+                actions[t, group] = action
+                envs.send(action.cpu().numpy())
+            inference_time += time.perf_counter() - start
         global_step += batch_size
 
         # Targets, once per rollout: s_{t+1} is obs[t + 1] also where the episode ended, since EnvPool resets a step later
@@ -1384,8 +1385,16 @@ if __name__ == "__main__":
         if args.scale_epochs:
             epochs = max(epochs, round(epochs * length / args.num_steps))
 
-        # Nothing can be measured where the rollout of any process is nothing but reset steps
+        # Every K-th iteration, what the policy does before the update; not where all steps of a process are reset steps
+        measure = iteration % args.adapt_interval == 0
         measure = measure and not reduce_numbers([float(not b_weights.any())], dist.ReduceOp.MAX)[0]
+        if measure:
+            start = time.perf_counter()
+            states = b_weights.nonzero().squeeze(1)
+            states = states[torch.randperm(len(states), generator=reference_rng, device=device)]
+            states = b_obs[states[: max(1, args.reference_batch_size // WORLD_SIZE)]]
+            old_actions = greedy_actions(network, states)
+            divergence_time = time.perf_counter() - start
 
         # The gradient noise scale, the rival signal
         if measure and args.log_noise_scale:
@@ -1409,18 +1418,15 @@ if __name__ == "__main__":
             writer.add_scalar(f"losses/{name}", loss, global_step)
         if not math.isfinite(sum(losses)):
             writer.close()
-            if rank == 0:
+            if RANK == 0:
                 write_json(run_dir / "diverged.json", {"global_step": global_step})
             fail(f"the loss is no longer finite at step {global_step}; a lower --learning-rate may help ({run_dir})", code=1)
 
         # Adaptive Batch Scaling: how many greedy actions did this iteration change, and how long should the next rollouts be?
         if measure:
             start = time.perf_counter()
-            states = b_weights.nonzero().squeeze(1)
-            states = states[torch.randperm(len(states), generator=reference_rng, device=device)]
-            states = b_obs[states[: max(1, args.reference_batch_size // world_size)]]
-            new_actions, old_actions = greedy_actions(network, states), greedy_actions(old_network, states)
-            divergences.append(reduce_numbers([behavioral_divergence(new_actions, old_actions)])[0])
+            divergence = behavioral_divergence(greedy_actions(network, states), old_actions)
+            divergences.append(reduce_numbers([divergence])[0])
             num_measurements += 1
             mean_divergence = sum(divergences) / len(divergences)
             target = rollout_length
@@ -1432,7 +1438,7 @@ if __name__ == "__main__":
             rollout_length = (1 - args.rollout_smoothing) * rollout_length + args.rollout_smoothing * target
             writer.add_scalar("abs/divergence", divergences[-1], global_step)
             writer.add_scalar("abs/divergence_mean", mean_divergence, global_step)
-            writer.add_scalar("time/divergence", time.perf_counter() - start, global_step)
+            writer.add_scalar("time/divergence", divergence_time + time.perf_counter() - start, global_step)
 
         obs[0] = obs[length]  # the next rollout begins where this one ended
         writer.add_scalar("abs/rollout_length", length, global_step)
@@ -1466,19 +1472,19 @@ if __name__ == "__main__":
         due = time.time() - last_checkpoint_time >= 300
         if args.checkpoint_interval:
             due = global_step - last_checkpoint_step >= args.checkpoint_interval
-        stop, due = reduce_numbers([max(received_signals, default=0), rank == 0 and due], dist.ReduceOp.MAX)
+        stop, due = reduce_numbers([max(received_signals, default=0), RANK == 0 and due], dist.ReduceOp.MAX)
         if stop or due:
             state = training_state()
-            if rank == 0:
+            if RANK == 0:
                 writer.flush()  # the curves on disk reach as far as the checkpoint
                 save_checkpoint(run_dir, state)
             last_checkpoint_step, last_checkpoint_time = global_step, time.time()
         if stop:
             bar.close()
-            launcher, command = "python" if world_size == 1 else "torchrun ...", [sys.argv[0], "--resume", run_dir.as_posix()]
+            launcher, command = "python" if WORLD_SIZE == 1 else "torchrun ...", [sys.argv[0], "--resume", run_dir.as_posix()]
             print(f"stopped by a signal at step {global_step:,}; to continue: {launcher} {shlex.join(command)}", flush=True)
             writer.close()
-            if world_size > 1:
+            if WORLD_SIZE > 1:
                 dist.barrier()  # torchrun would stop the first process while it saves as soon as another has ended
                 dist.destroy_process_group()
             sys.exit(128 + int(stop))
@@ -1487,9 +1493,9 @@ if __name__ == "__main__":
     for envs in pools:
         envs.close()
     state = training_state()
-    if world_size > 1:
+    if WORLD_SIZE > 1:
         dist.destroy_process_group()
-    if rank > 0:
+    if RANK > 0:
         sys.exit()
     writer.flush()
     save_checkpoint(run_dir, state)
