@@ -320,6 +320,10 @@ def test_eval_only_computes_as_the_training_did(script, precision, run_here, tmp
     assert used == [torch.bfloat16] * (precision == "bfloat16")
     assert run_here(script, *command, "--precision", "float32").returncode == 0
     assert used == [torch.bfloat16] * (precision == "bfloat16")
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
+    result = run_here(script, *command, "--compile")
+    assert result.returncode == 0 and (len(compiled) == 1 or "running eagerly" in result.stdout)
 
 
 @but_for_gns
