@@ -112,7 +112,7 @@ class Args:
     total_timesteps: int = 20_000_000
     """length of training in agent steps over all environments; no rollout is begun that would exceed it"""
     schedule_timesteps: int = 0
-    """agent steps that all schedules in time span; 0 is total-timesteps (that of its beginning, where a run is extended)"""
+    """agent steps over which all schedules run; 0: total-timesteps (in an extended run, its original total)"""
     learning_rate: float = 2.5e-4
     """learning rate of the optimizer"""
     anneal_lr: bool = False
@@ -162,7 +162,8 @@ class Args:
     reference_batch_size: int = 2048
     """number of states of the rollout on which divergence is measured, M (the whole batch if that is smaller)"""
     scale_epochs: bool = False
-    """if toggled, rollouts longer than num-steps get more epochs in proportion (rounded): as many gradient steps per sample"""
+    """if toggled, rollouts longer than num-steps get proportionally more epochs, so that the number of gradient steps per
+    sample stays roughly the same"""
     log_noise_scale: bool = False
     """if toggled, the gradient noise scale is measured and logged beside the divergence (one more epoch of gradients each)"""
 
@@ -476,8 +477,8 @@ def gradient_noise_scale(gradients, minibatch_size):
 
 @torch.no_grad()
 def greedy_actions(network, observations):
-    """Greedy actions (M,) on observations (M, 4, 84, 84)."""
-    return torch.cat([network(chunk).argmax(1) for chunk in observations.split(256)])
+    """Greedy actions (M,), on the CPU, on observations (M, 4, 84, 84)."""
+    return torch.cat([network(chunk).argmax(1) for chunk in observations.split(256)]).cpu()
 
 
 @torch.no_grad()
@@ -520,8 +521,8 @@ def update(network, optimizer, *minibatch, max_grad_norm, microbatch_size):
 
 
 def measure_noise_scale(network, gradient_step, batch, weights, num_minibatches, seed):
-    """Noise and signal of the gradient (see gradient_noise_scale) at the present parameters: one epoch of minibatches, which
-    gradient_step takes. batch: tensors (n, ...); weights (n,) are 1 for transitions and 0 for reset steps."""
+    """Noise and signal of the gradient (see gradient_noise_scale) at the present parameters, over one epoch of minibatches,
+    each passed to gradient_step. batch: tensors (n, ...); weights (n,) are 1 for transitions and 0 for reset steps."""
     rng, gradients = torch.Generator(weights.device).manual_seed(seed), []  # its own, so that measuring changes no run
     for inds in torch.randperm(len(weights), generator=rng, device=weights.device).split(len(weights) // num_minibatches):
         mb_weights = weights[inds] / weights[inds].sum().clamp(min=1)
@@ -645,9 +646,11 @@ def load_model(path, device):
     """Reads what save_model wrote. Returns the network and the Args of its training, or fails with one line."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError
         network = QNetwork(len(content["weights"]["head.bias"])).to(device)
         network.load_state_dict(content["weights"])
-        return network, Args(**content["args"])
+        return network, checked_types(Args(**content["args"]))
     except Exception as e:
         reason = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else "not a model of this script"
         fail(f"cannot use --model {path!r} ({reason}); give the model.pt that a run of {Path(__file__).name} left")
@@ -698,7 +701,7 @@ def evaluate_and_record(network, args, device, run_dir):
         print(", ".join(f"{name} {value}" for name, value in rounded.items()) + f": {run_dir / 'eval.json'}", flush=True)
         distinct = statistics["distinct_games"]
         if 2 * distinct < args.eval_episodes:
-            print(f"only {distinct} of these games differ in their actions; --eval-epsilon 0.01 varies them", flush=True)
+            print(f"these games repeat {distinct} sequence(s) of actions; --eval-epsilon 0.01 varies them", flush=True)
     if args.capture_video:
         scores = record_video(network, args.env_id, args.video_episodes, *settings, run_dir / "videos", *game_options)
         print(f"recorded {args.video_episodes} games with scores {scores}: {run_dir / 'videos'}")
@@ -736,6 +739,14 @@ def parse_args(default=None):
             words = " ".join(line.strip("│╭╮╰╯─ ") for line in lines)
             fail(re.split(r"\s{2,}For full helptext|\s{2,}Argument helptext", words)[0].strip() + " (see --help)")
         raise
+
+
+def checked_types(args):
+    """The same Args, read from a file; TypeError where a value has another type than its default."""
+    for field in dataclasses.fields(Args):
+        if type(getattr(args, field.name)) is not type(field.default):
+            raise TypeError(f"{field.name} must be of type {type(field.default).__name__}")
+    return args
 
 
 def given(name):
@@ -912,13 +923,12 @@ def load_checkpoint(run_dir):
 def saved_args(run_dir):
     """The Args of a run of this script, from its args.json; None where the folder holds no such run."""
     try:
-        args = Args(**json.loads((run_dir / "args.json").read_text()))
+        args = checked_types(Args(**json.loads((run_dir / "args.json").read_text())))
         versions = run_dir / "versions.json"  # not there yet where the run ended between the two
-        scripts = [entry["script"] for entry in json.loads(versions.read_text())] if versions.exists() else []
+        scripts = {entry["script"] for entry in json.loads(versions.read_text())} if versions.exists() else set()
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    fits = all(type(getattr(args, field.name)) is type(field.default) for field in dataclasses.fields(Args))
-    return args if fits and set(scripts) <= {Path(__file__).name} else None
+    return args if scripts <= {Path(__file__).name} else None
 
 
 def claim(run_dir):
@@ -1026,7 +1036,7 @@ def explain_os_error(kind, error, traceback):
 
 
 def reduce_numbers(numbers, op=dist.ReduceOp.AVG):
-    """Mean (or maximum, with ReduceOp.MAX) of each number over the processes of torchrun, a list of floats."""
+    """Mean of each number over the processes of torchrun (or the sum or maximum, as `op` says), a list of floats."""
     if not dist.is_initialized():
         return numbers
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -1079,8 +1089,8 @@ def speed_up(network, precision, device, use_compile=False, memory_format="auto"
 
 
 def keep_freed_memory():
-    """Has glibc keep what tensors on the CPU free for those of the next minibatch, instead of giving it back to the system,
-    which clears every page anew. Where the environment sets up malloc in any way, that stands instead."""
+    """Makes glibc keep the memory of freed CPU tensors for the next minibatch, instead of returning it to the system, which
+    would clear every page anew. Where the environment configures malloc in any way, that stands instead."""
     chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and not chosen:
         ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum of 32 MiB: larger tensors are given back

@@ -285,7 +285,9 @@ class LeavesAFile:
 
 
 @distinct_scripts
-@pytest.mark.parametrize("kind", ["text", "empty", "tensor", "weights", "network", "no args", "truncated", "folder", "pickle"])
+@pytest.mark.parametrize(
+    "kind", ["text", "empty", "tensor", "weights", "network", "no args", "types", "truncated", "folder", "pickle"]
+)
 def test_models_that_are_none(script, kind, run_here, tmp_path):
     """A file that is no model of this script is named in one line, and nothing is written beside it."""
     module = MODULES[script]
@@ -306,6 +308,8 @@ def test_models_that_are_none(script, kind, run_here, tmp_path):
         torch.save({"weights": other, "args": {"env_id": "Breakout-v5"}, "global_step": 0}, model)
     elif kind == "no args":
         torch.save({"weights": weights}, model)
+    elif kind == "types":
+        torch.save({"weights": weights, "args": {"env_id": "Breakout-v5", "seed": "one"}, "global_step": 0}, model)
     elif kind == "truncated":
         torch.save({"weights": weights, "args": {"env_id": "Breakout-v5"}, "global_step": 0}, model)
         model.write_bytes(model.read_bytes()[:1_000_000])

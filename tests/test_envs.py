@@ -351,7 +351,7 @@ def test_games_that_repeat_are_said(script, network, greedy, varied, tmp_path, c
     for settings, repeat in ((greedy, True), (varied, False)):
         args = script.Args(env_id="Breakout-v5", eval_episodes=4, max_episode_steps=12, **settings)
         script.evaluate_and_record(network, args, CPU, tmp_path)
-        assert ("only 1 of these games differ in their actions; " in capsys.readouterr().out) is repeat
+        assert ("these games repeat 1 sequence(s) of actions; " in capsys.readouterr().out) is repeat
 
 
 @scripts

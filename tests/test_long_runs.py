@@ -291,9 +291,11 @@ def test_what_is_no_run_is_refused(copy, run_here):
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 3
     assert result.stderr.count("not a checkpoint") == 2 and "no checkpoint that can be read" in result.stderr
     args = json.loads((run_dir / "args.json").read_text())
-    (run_dir / "args.json").write_text(json.dumps(args | {"seed": "abc"}))
-    result = run_here(script, "--resume", run_dir)
-    assert result.returncode == 2 and "no run of" in result.stderr and len(result.stderr.splitlines()) == 1
+    for name, content in (("versions.json", [{"script": [script]}]), ("args.json", args | {"seed": "abc"})):
+        (run_dir / name).write_text(json.dumps(content))
+        result = run_here(script, "--resume", run_dir)
+        assert result.returncode == 2 and "no run of" in result.stderr and len(result.stderr.splitlines()) == 1
+        (run_dir / "versions.json").unlink(missing_ok=True)
 
 
 @pqn_only
