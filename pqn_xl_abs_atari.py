@@ -48,9 +48,9 @@ import shlex
 import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import time
-import warnings
 import zipfile
 from collections import deque
 from dataclasses import dataclass
@@ -196,7 +196,7 @@ class Args:
     compile: bool = False
     """if toggled, torch.compile the network (needs Triton on CUDA, a C++ compiler on the CPU)"""
     cudagraphs: bool = False
-    """if toggled, record acting and the gradient step as CUDA graphs (CUDA only)"""
+    """if toggled, record acting and the gradient of a minibatch as CUDA graphs (CUDA only)"""
     microbatch_size: int = 0
     """samples per forward and backward pass, whose gradients add up; 0: all on CUDA, 512 on the CPU"""
     env_pools: int = 0
@@ -507,7 +507,8 @@ def gradient_noise_scale(gradients, minibatch_size):
 @torch.no_grad()
 def greedy_actions(network, observations):
     """Greedy actions (M,), on the CPU, on observations (M, 4, 84, 84)."""
-    return torch.cat([network(chunk).argmax(1) for chunk in observations.split(256)]).cpu()
+    chunk_size = 256 if observations.device.type == "cpu" else 2048
+    return torch.cat([network(chunk).argmax(1) for chunk in observations.split(chunk_size)]).cpu()
 
 
 @torch.no_grad()
@@ -541,9 +542,10 @@ def compute_gradient(network, observations, actions, returns, weights, microbatc
     return logs
 
 
-def update(network, optimizer, *minibatch, max_grad_norm, microbatch_size):
-    """One gradient step on a minibatch, as compute_gradient takes it. Returns its logs and the unclipped gradient norm."""
-    logs = compute_gradient(network, *minibatch, microbatch_size)
+def update(network, optimizer, gradient_step, *minibatch, max_grad_norm):
+    """One optimizer step with the gradient that gradient_step (compute_gradient, perhaps recorded as a CUDA graph) leaves of a
+    minibatch. Returns its logs and the unclipped gradient norm."""
+    logs = gradient_step(*minibatch)
     grad_norm = nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
     optimizer.step()
     return torch.cat([logs, grad_norm.unsqueeze(0)])
@@ -1127,7 +1129,10 @@ def keep_freed_memory():
 
 
 def compiler_is_there(device):
-    """Whether torch.compile has what it needs: Triton and a C compiler on CUDA, a C++ compiler on the CPU."""
+    """Whether torch.compile has what it needs: Python's headers, and Triton and a C compiler on CUDA, a C++ compiler on the
+    CPU."""
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return False
     if device.type == "cuda":
         compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang", "cl"]
         return importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
@@ -1191,8 +1196,8 @@ if __name__ == "__main__":
     if args.precision == "auto":
         args.precision = "bfloat16" if bfloat16_is_fast(device) else "float32"
     if args.compile and not compiler_is_there(device):
-        missing = "Triton with a C compiler" if device.type == "cuda" else "C++ compiler"
-        print(f"--compile finds no {missing} here: running eagerly", flush=True)
+        missing = "Triton, C compiler" if device.type == "cuda" else "C++ compiler"
+        print(f"--compile finds no {missing} or Python.h (python3-dev) here: running eagerly", flush=True)
         args.compile = False
     if args.cudagraphs and device.type != "cuda":
         print("--cudagraphs finds no CUDA device here: running without", flush=True)
@@ -1238,15 +1243,12 @@ if __name__ == "__main__":
 
     # Network
     network = speed_up(QNetwork(num_actions).to(device), args.precision, device, args.compile, args.memory_format)
-    learning_rate = torch.tensor(args.learning_rate, device=device) if args.cudagraphs else args.learning_rate
-    optimizer = torch.optim.RAdam(network.parameters(), lr=learning_rate, foreach=True, capturable=args.cudagraphs)
+    optimizer = torch.optim.RAdam(network.parameters(), lr=args.learning_rate, foreach=True)
     act_step = partial(act, network)
     microbatch_size = args.microbatch_size or (512 if device.type == "cpu" else 2**31)
     gradient_step = partial(compute_gradient, network, microbatch_size=microbatch_size)
-    update_step = partial(update, network, optimizer, max_grad_norm=args.max_grad_norm, microbatch_size=microbatch_size)
     if args.cudagraphs:
-        act_step, update_step = CUDAGraphed(act_step), CUDAGraphed(update_step)
-        warnings.filterwarnings("ignore", ".*without CUDA graph capture")  # the first step of each shape, on purpose
+        act_step, gradient_step = CUDAGraphed(act_step), CUDAGraphed(gradient_step)
     # Training draws from one generator and measuring from another, so measuring changes no run.
     rank_seed = args.seed + 1_000_003 * RANK  # within the 32 bits that the CPU's generator looks at
     rng = torch.Generator(device).manual_seed(rank_seed)
@@ -1259,9 +1261,7 @@ if __name__ == "__main__":
     if checkpoint:
         try:
             network.load_state_dict(checkpoint["weights"])
-            # Its state comes from the checkpoint and its settings from this run, which may compute in another way
-            param_groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": param_groups})
+            optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError):
             fail(f"{run_dir} holds another network; resume it with the script that began it")
         global_step, iteration, num_measurements = (checkpoint[n] for n in ("global_step", "iteration", "num_measurements"))
@@ -1346,10 +1346,7 @@ if __name__ == "__main__":
         learning_rate = args.learning_rate
         if args.anneal_lr:
             learning_rate *= max(0.0, 1 - global_step / schedule_timesteps)
-            if args.cudagraphs:  # a graph reads the tensor it was recorded with
-                optimizer.param_groups[0]["lr"].fill_(learning_rate)
-            else:
-                optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.param_groups[0]["lr"] = learning_rate
 
         # Rollout: pass t receives what the actions of pass t - 1 led to (obs[t], t - 1 of the rest), then acts on obs[t]
         steps = [global_step + args.num_envs * (t + 1) for t in range(length)]
@@ -1422,7 +1419,8 @@ if __name__ == "__main__":
         for _ in range(epochs):
             for inds in torch.randperm(length * num_envs, generator=rng, device=device).split(minibatch_size):
                 mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
-                logs += update_step(*(x.index_select(0, inds) for x in batch), mb_weights)
+                minibatch = [*(x.index_select(0, inds) for x in batch), mb_weights]
+                logs += update(network, optimizer, gradient_step, *minibatch, max_grad_norm=args.max_grad_norm)
         losses = reduce_numbers((logs / (epochs * args.num_minibatches)).tolist())  # all processes see where one is not finite
         for name, loss in zip(LOSSES, losses, strict=True):
             writer.add_scalar(f"losses/{name}", loss, global_step)

@@ -24,9 +24,10 @@ PQN = "pqn_abs_atari.py"
 MOVING = "--adapt-signal time --adapt-interval 1 --rollout-smoothing 1".split()
 SPEED = {"default": [], "cudagraphs": ["--cudagraphs"], "compile": ["--compile"], "float32": ["--precision", "float32"]}
 SPEED |= {"both": ["--cudagraphs", "--compile"], "channels_last": ["--memory-format", "channels_last"]}
+SPEED["all"] = SPEED["both"] + SPEED["channels_last"]
 # A run may be continued in another way; where there is nothing, in the same
 THEN = {"default": ["--device", "cpu"], "cudagraphs": ["--device", "cpu"], "float32": ["--cudagraphs"], "compile": []}
-THEN |= {"both": ["--no-cudagraphs", "--no-compile"], "channels_last": ["--memory-format", "contiguous"]}
+THEN |= {"both": ["--no-cudagraphs", "--no-compile"], "channels_last": ["--memory-format", "contiguous"], "all": []}
 
 
 def run(script, *arguments, cwd):
@@ -74,11 +75,11 @@ def test_ways_to_compute_agree(script, tmp_path):
     five = *SIZE, 160, "--no-adapt-rollout", "--num-steps", 4
     random = ["--start-e", 1, "--end-e", 1] if script == PQN else ["--learning-rate", 1e-7]
     curves = {}
-    for speed in ("float32", "cudagraphs", "compile", "both", "channels_last"):
+    for speed in ("float32", "cudagraphs", "compile", "both", "channels_last", "all"):
         (tmp_path / speed).mkdir()
         run(script, *five, *random, "--precision", "float32", *SPEED[speed], cwd=tmp_path / speed)
         curves[speed] = losses(next(tmp_path.glob(f"{speed}/runs/*")))
-    for speed in ("cudagraphs", "compile", "both", "channels_last"):
+    for speed in ("cudagraphs", "compile", "both", "channels_last", "all"):
         for name in ("losses/td_loss", "losses/value_loss", "losses/entropy", "losses/grad_norm"):
             if name in curves["float32"]:
                 assert len(curves["float32"][name]) == 5

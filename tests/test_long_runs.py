@@ -226,19 +226,16 @@ def test_what_kill_9_left_half_written_goes_away(module, tmp_path):
 
 
 def test_computing_in_another_way(copy, tmp_path):
-    """A checkpoint of a run with --cudagraphs, whose optimizer works in another way, goes on where there is no GPU, and in
-    another memory format."""
+    """A checkpoint of a run with --cudagraphs goes on where there is no GPU, and in another memory format."""
     script, run_dir = copy
     for path in checkpoints(run_dir):
         content = load(path)
-        content["optimizer"]["param_groups"][0] |= {"capturable": True, "lr": torch.tensor(2.5e-4)}
         torch.save(content | {"args": content["args"] | {"cudagraphs": True}}, path)
     args = json.loads((run_dir / "args.json").read_text())
     (run_dir / "args.json").write_text(json.dumps(args | {"cudagraphs": True}))
     result = run_script(script, "--resume", run_dir, "--memory-format", "channels_last", cwd=tmp_path)
     assert result.returncode == 0 and not result.stderr, result.stderr
-    group = load(checkpoints(run_dir)[-1])["optimizer"]["param_groups"][0]
-    assert group["capturable"] is False and isinstance(group["lr"], float)
+    assert "finds no CUDA device here: running without" in result.stdout
 
 
 @pqn_only

@@ -1,6 +1,7 @@
 """The network: size, types, initialisation, and that micro-batches and bfloat16 change nothing that matters."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -297,7 +298,8 @@ def test_update_clips_the_gradients_norm(script):
         gradient = torch.nn.utils.parameters_to_vector([p.grad for p in network.parameters()]).clone()
         before = torch.nn.utils.parameters_to_vector(network.parameters()).detach().clone()
         optimizer = torch.optim.SGD(network.parameters(), lr=1)
-        logs = script.update(network, optimizer, *batch, max_grad_norm=max_norm, microbatch_size=4)
+        gradient_step = partial(script.compute_gradient, network, microbatch_size=4)
+        logs = script.update(network, optimizer, gradient_step, *batch, max_grad_norm=max_norm)
         step = torch.nn.utils.parameters_to_vector(network.parameters()).detach() - before
         norm = float(gradient.norm())
         assert 0.01 < norm < 1e6 and float(logs[-1]) == pytest.approx(norm, rel=1e-4)

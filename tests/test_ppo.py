@@ -1,6 +1,7 @@
 """PPO's pieces against independent definitions: advantages, KL, acting, loss and gradient."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -311,13 +312,14 @@ def test_update_clips_the_gradients_norm(script):
     batch, is_transition = minibatch()
     weights = is_transition.double() / is_transition.sum()
     for max_grad_norm in (0.01, 1e6):
-        network, args = TinyAgent(), script.Args(max_grad_norm=max_grad_norm)
+        network, args = TinyAgent(), script.Args()
         loss, terms = expected_terms(network, batch, is_transition, args)
         loss.backward()
         expected = gradient(network)
         before = torch.nn.utils.parameters_to_vector(network.parameters()).detach().clone()
         optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
-        logs = script.update(network, optimizer, *batch, weights, args=args, microbatch_size=30)
+        gradient_step = partial(script.compute_gradient, network, args=args, microbatch_size=30)
+        logs = script.update(network, optimizer, gradient_step, *batch, weights, max_grad_norm=max_grad_norm)
         step = torch.nn.utils.parameters_to_vector(network.parameters()).detach() - before
         scale = min(1.0, max_grad_norm / float(expected.norm()))
         torch.testing.assert_close(step, -scale * expected, rtol=1e-4, atol=1e-8)

@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,13 +39,16 @@ def minibatch(script, size=96, num_actions=4, device="cpu"):
     return [x.to(device) for x in (observations, actions, *targets, weights / weights.sum())]
 
 
-def settings(script, max_grad_norm=math.inf):
-    return {"args": script.Args(max_grad_norm=max_grad_norm)} if hasattr(script, "Agent") else {"max_grad_norm": max_grad_norm}
+def gradient_step_of(script, network, microbatch_size=1000):
+    """What update() calls with a minibatch."""
+    settings = {"args": script.Args()} if hasattr(script, "Agent") else {}
+    return partial(script.compute_gradient, network, **settings, microbatch_size=microbatch_size)
 
 
 def gradients_and_logs(script, network, *batch, microbatch_size=1000):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
-    logs = script.update(network, optimizer, *batch, **settings(script), microbatch_size=microbatch_size)
+    gradient_step = gradient_step_of(script, network, microbatch_size)
+    logs = script.update(network, optimizer, gradient_step, *batch, max_grad_norm=math.inf)
     return torch.cat([p.grad.flatten() for p in network.parameters()]), logs
 
 
@@ -322,23 +326,28 @@ def test_only_the_graph_of_the_latest_shapes_is_kept(monkeypatch):
         ("cpu", {"CXX": "clang++"}, ["clang++"], True),
         ("cpu", {"CXX": "icpx"}, ["g++"], False),
         ("cpu", {"CXX": ""}, ["g++", ""], False),
+        ("cpu", {}, ["g++", "no Python.h"], False),
         ("cuda", {}, ["gcc"], True),
         ("cuda", {}, ["clang"], True),
         ("cuda", {}, ["g++"], False),  # Triton compiles C
         ("cuda", {"CC": "icx"}, ["gcc"], False),
         ("cuda", {"CC": "gcc -pthread"}, ["gcc"], False),  # Triton takes it for one program
         ("cuda", {}, ["gcc", "no triton"], False),
+        ("cuda", {}, ["gcc", "no Python.h"], False),
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="the compilers of Linux")
-def test_what_compilation_needs(device, environment, programs, there, monkeypatch):
-    """Triton with a C compiler on CUDA, the one C++ compiler that Inductor takes on the CPU."""
+def test_what_compilation_needs(device, environment, programs, there, monkeypatch, tmp_path):
+    """Python's headers, and Triton with a C compiler on CUDA, the one C++ compiler that Inductor takes on the CPU."""
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(pqn.shutil, "which", lambda name: f"/usr/bin/{name}" if name and name in programs else None)
     monkeypatch.setattr(pqn.importlib.util, "find_spec", lambda name: None if "no triton" in programs else object())
+    monkeypatch.setattr(pqn.sysconfig, "get_path", lambda name: tmp_path)
+    if "no Python.h" not in programs:
+        (tmp_path / "Python.h").touch()
     assert pqn.compiler_is_there(torch.device(device)) is there
 
 
@@ -349,39 +358,77 @@ def test_what_is_missing_is_said(run_here, monkeypatch):
     result = run_here("pqn_abs_atari.py", "--compile", "--cudagraphs", "--device", "cpu", "--eval-episodes", 0, *size)
     assert result.returncode == 0 and "trained 64 steps" in result.stdout
     assert result.stdout.splitlines()[:2] == [
-        "--compile finds no C++ compiler here: running eagerly",
+        "--compile finds no C++ compiler or Python.h (python3-dev) here: running eagerly",
         "--cudagraphs finds no CUDA device here: running without",
     ]
     assert '"compile": false' in next(Path("runs").glob("*/args.json")).read_text()
 
 
+class Replayed:
+    """A gradient step that does to the gradients what the replay of a CUDA graph does: it writes to the tensors of its first
+    call, whatever p.grad is by then."""
+
+    def __init__(self, step, network):
+        self.step, self.parameters, self.gradients = step, list(network.parameters()), None
+
+    def __call__(self, *batch):
+        before = [p.grad for p in self.parameters]
+        logs = self.step(*batch)
+        if self.gradients is None:
+            self.gradients = [p.grad for p in self.parameters]
+            return logs
+        for p, gradient, own in zip(self.parameters, before, self.gradients, strict=True):
+            own.copy_(p.grad)
+            p.grad = gradient
+        return logs
+
+
+@learners
+def test_gradients_stay_where_a_graph_writes_them(script):
+    """Neither updates nor measurements of the noise scale put other tensors in their place, which a graph would not fill."""
+    weights, measured = [], []
+    for replayed in (False, True):
+        network = fresh_network(script)
+        optimizer = torch.optim.RAdam(network.parameters(), lr=1e-2, foreach=True)
+        gradient_step = gradient_step_of(script, network)
+        gradient_step = Replayed(gradient_step, network) if replayed else gradient_step
+        for i in range(8):
+            batch = [x.roll(i, 0) for x in minibatch(script, 32)]
+            script.update(network, optimizer, gradient_step, *batch, max_grad_norm=10.0)
+            if i % 2:
+                is_transition = (batch[-1] > 0).float()
+                measured.append(script.measure_noise_scale(network, gradient_step, batch[:-1], is_transition, 4, 0))
+        weights.append(torch.nn.utils.parameters_to_vector(network.parameters()))
+    assert torch.equal(*weights) and measured[:4] == measured[4:] and len(set(measured)) == 4
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
 @learners
 def test_cuda_graphs_equal_plain_steps(script, monkeypatch):
-    """Five updates each at three minibatch sizes, plain and recorded, the first size anew, end at the same weights; a recorded
-    step reads a learning rate that changes; gradients taken between two steps, as for the noise scale, disturb neither."""
+    """Five updates each at three minibatch sizes, plain and recorded, the first size anew, end at the same weights, while the
+    learning rate changes; gradients taken between two steps, as for the noise scale, are the same and disturb neither."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     networks, device = [fresh_network(script).cuda()], torch.device("cuda")
     networks.append(copy.deepcopy(networks[0]))
+    between = [[], []]
     for network, graphed in zip(networks, (False, True), strict=True):
         # RAdam begins without its adaptive part, whose steps are small: so large a rate that a wrong one would show
         kind, rate = (torch.optim.Adam, 1e-3) if hasattr(script, "Agent") else (torch.optim.RAdam, 1e-2)
-        optimizer = kind(network.parameters(), lr=torch.tensor(rate, device=device), foreach=True, capturable=True)
-
-        def step(*batch, network=network, optimizer=optimizer):
-            return script.update(network, optimizer, *batch, **settings(script, 10.0), microbatch_size=1000)
-
-        step = script.CUDAGraphed(step) if graphed else step
+        optimizer = kind(network.parameters(), lr=rate, foreach=True)
+        gradient_step = gradient_step_of(script, network)
+        gradient_step = script.CUDAGraphed(gradient_step) if graphed else gradient_step
         for i, size in enumerate([96] * 5 + [64] * 5 + [96] * 5):
-            optimizer.param_groups[0]["lr"].fill_(rate / (i + 1))
-            logs = step(*minibatch(script, size, device=device))
+            optimizer.param_groups[0]["lr"] = rate / (i + 1)
+            batch = minibatch(script, size, device=device)
+            logs = script.update(network, optimizer, gradient_step, *batch, max_grad_norm=10.0)
             assert logs.isfinite().all() and len(logs) == len(script.LOSSES)
             if i % 2:  # else the next step finds the gradients of this one, also where its graph is dropped
-                other = minibatch(script, 80, device=device)
-                arguments = (script.Args(), 1000) if hasattr(script, "Agent") else (1000,)
-                script.compute_gradient(network, *other, *arguments)
+                gradient_step(*(x.roll(1, 0) for x in batch))
+                between[graphed].append(torch.nn.utils.parameters_to_vector(p.grad for p in network.parameters()))
     for plain, graphed in zip(*(network.parameters() for network in networks), strict=True):
         torch.testing.assert_close(graphed, plain, rtol=1e-3, atol=1e-4)
+    for plain, graphed in zip(*between, strict=True):
+        assert relative_error(graphed, plain) < 1e-2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")

@@ -31,7 +31,7 @@ DIFFERENT = {
     | {"Args # Adaptive Batch Scaling", "header: Adaptive Batch Scaling and targets: pure functions"}
     | {"main: Adaptive Batch Scaling", "main: The gradient noise scale", "main: Adaptive Batch Scaling: how many"},
     "ppo_abs_atari.py": set(
-        "docstring LayerNormCHW QNetwork q_lambda_returns greedy_actions act LOSSES compute_gradient update "
+        "docstring LayerNormCHW QNetwork q_lambda_returns greedy_actions act LOSSES compute_gradient "
         "linear_schedule evaluate load_model record_video evaluate_and_record check_args Args.anneal_lr Args.q_lambda "
         "Args.update_epochs Args.max_grad_norm Args.start_e Args.end_e Args.exploration_fraction Args.adapt_rollout "
         "Args.adapt_signal Args.adapt_interval Args.divergence_min Args.divergence_max Args.schedule "
