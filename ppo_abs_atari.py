@@ -1127,9 +1127,9 @@ def keep_freed_memory():
 
 
 def compiler_is_there(device):
-    """Whether torch.compile has what it needs: Python's headers, and Triton and a C compiler on CUDA, a C++ compiler on the
-    CPU."""
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+    """Whether torch.compile has what it needs: Triton and a C compiler on CUDA, a C++ compiler on the CPU; Python's headers
+    (on Linux often in a package of their own)."""
+    if sys.platform == "linux" and not Path(sysconfig.get_path("include"), "Python.h").exists():
         return False
     if device.type == "cuda":
         compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang", "cl"]
