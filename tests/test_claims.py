@@ -1,5 +1,6 @@
 """The README's evidence is what the published measurements say: its figures, computed anew from benchmark/results and docs."""
 
+import json
 import re
 import sys
 
@@ -364,3 +365,92 @@ def test_what_makes_it_fast():
     layouts = [f"{layout}, run {i}" for layout in ("channels_last", "contiguous") for i in (1, 2)]
     assert_says(SPEED, "there: {} and {} steps/s against {} and {}", *rates("memory_format", *layouts))
     assert_says(SPEED, "float32 reaches {} steps/s instead of {}", *rates("microbatch", "after, L = 32", "before, L = 32"))
+
+
+NEWER = ROOT / "benchmark" / "results" / "2026-11-26"
+NEWER_TEXT = (NEWER / "README.md").read_text()
+newer = pd.read_csv(NEWER / "report" / "scores.csv").set_index("run")
+newer_runs = dict(list(pd.read_csv(NEWER / "measurements.csv").groupby("run")))
+
+
+def newer_run(script, game):
+    """What was measured in the one run of a script in a game."""
+    (run,) = (run for run in newer_runs if run.startswith(f"{game}-v5__{script}__1__"))
+    return newer_runs[run]
+
+
+@pytest.mark.parametrize("run", newer_runs)
+def test_newer_runs(run):
+    """Steps, rollouts and scores of the runs of 2026-11-26, in their table."""
+    game, script, *_ = run.split("__")
+    row = next(x for x in NEWER_TEXT.split("\n") if f"| `{script}.py` | {game.removesuffix('-v5')} |" in x)
+    lengths, (*_, last_step) = newer_runs[run]["rollout_length"], newer_runs[run]["step"]
+    assert_says(row, "| {} | {} ({}) |", last_step, lengths.iloc[-1], lengths.max())
+    if newer.state[run] != "finished":
+        assert row.endswith("| stopped |")
+        return
+    score, deviation = newer.score[run], newer.score_std_over_games[run]
+    greedy = json.loads((NEWER / "evaluations" / "greedy" / f"{run}.json").read_text())["mean"]
+    assert_says(row, ") | {} ± {} ({}) |", score, deviation / 99**0.5, greedy)
+
+
+def test_the_rival_rule():
+    """It stayed at its minimum, and what it cost."""
+    breakout, pong = (newer_run("gns_batch_atari", game) for game in ("Breakout", "Pong"))
+    points = [run["b_simple"].dropna() for run in (breakout, pong)]
+    assert all((run["rollout_length"] == 16).all() and len(run) == 732 for run in (breakout, pong))
+    ends = np.array([np.percentile(x, [5, 95, 100]) for x in points])
+    words = "lay between {} and {} samples (5 to 95 % of its points; at most {})"
+    assert_says(NEWER_TEXT, words, ends[:, 0].min(), ends[:, 1].max(), ends[:, 2].max())
+    tenths = [run.loc[(run["step"] - 1) // 150_000 == n, "b_simple"].median() for run in (breakout, pong) for n in (0, 9)]
+    words = "median was {} in the first tenth of training and {} in the last in Breakout, {} and {} in Pong"
+    assert_says(NEWER_TEXT, words, *tenths)
+    noise, divergence = (
+        [100 * run[f"{name}_seconds"].sum() / run["seconds"].sum() for run in (breakout, pong)]
+        for name in ("noise_scale", "divergence")
+    )
+    words = "took {} and {} % of training time (Breakout, Pong), measuring the divergence in the same runs {} %: {} and {} s"
+    medians = [breakout[f"{name}_seconds"].median() for name in ("noise_scale", "divergence")]
+    assert_says(NEWER_TEXT, words, *noise, np.mean(divergence), *medians)
+    assert_says(MAIN, "never left its minimum of 16 steps: B_simple was {} samples at most", ends[:, 2].max())
+    assert_says(MAIN, "cost {} and {} % of the time of these runs, measuring the divergence {} %", *noise, np.mean(divergence))
+    own = [
+        newer[newer["env_id"].eq(f"{game}-v5") & newer["variant"].str.startswith("GNS")].score.item()
+        for game in ("Breakout", "Pong")
+    ]
+    assert_says(MAIN, "It scored {} in Breakout and {} in Pong, ", *own)
+
+
+def test_large_networks():
+    """Their divergence and rollout lengths, in tenths of training."""
+    l_breakout, l_pong = (newer_run("pqn_l_abs_atari", game) for game in ("Breakout", "Pong"))
+    xl = newer_run("pqn_xl_abs_atari", "Breakout")
+    breakout = [tenth(run, "divergence", n) for run in (l_breakout, xl) for n in (1, 4, 10)]
+    words = "from {} in the first tenth of training to {} in the fourth and {} in the last with L, {}, {} and {} with XL"
+    assert_says(NEWER_TEXT, words, *breakout)
+    longest_and_last = [f(run["rollout_length"]) for run in (l_breakout, xl) for f in (max, lambda x: x.iloc[-1])]
+    assert_says(
+        NEWER_TEXT, "grew to {} and {} steps and went back to {} and {}", *longest_and_last[::2], *longest_and_last[1::2]
+    )
+    pong = tenth(l_pong, "divergence", 1), tenth(l_pong, "divergence", 10), l_pong["rollout_length"].iloc[-1]
+    assert_says(
+        NEWER_TEXT, "In Pong (L) it fell from {} to {}, and the rollout was still growing at the end, at {} steps", *pong
+    )
+    last = [tenth(run, "divergence", 10) for run in (l_breakout, xl, l_pong)]
+    assert_says(
+        NEWER_TEXT, "In the last tenth it was {} to {}, with the small network {} to {}", min(last), max(last), *small_last()
+    )
+    assert_says(
+        MAIN,
+        "divergence fell to {} and {} in the fourth tenth of training and rose again to {} and {}",
+        *breakout[1::3],
+        *breakout[2::3],
+    )
+    (end,) = {run["rollout_length"].iloc[-1] for run in (l_breakout, xl, l_pong)}
+    assert_says(MAIN, "the rollout, which may reach 128 steps there, ended at {} in all three runs", end)
+
+
+def small_last():
+    """Least and largest divergence in the last tenth of the study's 16 runs of ABS and fixed rollouts."""
+    last = [tenth(run, "divergence", 10) for run in sum(map(runs_of, (ABS, *FIXED)), [])]
+    return min(last), max(last)
