@@ -1220,6 +1220,7 @@ if __name__ == "__main__":
     gradient_step = partial(compute_gradient, network, microbatch_size=microbatch_size)
     if args.cudagraphs:
         act_step, gradient_step = CUDAGraphed(act_step), CUDAGraphed(gradient_step)
+    update_step = partial(update, network, optimizer, gradient_step, max_grad_norm=args.max_grad_norm)
     # Training draws from one generator and measuring from another, so measuring changes no run.
     rank_seed = args.seed + 1_000_003 * RANK  # within the 32 bits that the CPU's generator looks at
     rng = torch.Generator(device).manual_seed(rank_seed)
@@ -1390,8 +1391,7 @@ if __name__ == "__main__":
         for _ in range(epochs):
             for inds in torch.randperm(length * num_envs, generator=rng, device=device).split(minibatch_size):
                 mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
-                minibatch = [*(x.index_select(0, inds) for x in batch), mb_weights]
-                logs += update(network, optimizer, gradient_step, *minibatch, max_grad_norm=args.max_grad_norm)
+                logs += update_step(*(x.index_select(0, inds) for x in batch), mb_weights)
         losses = reduce_numbers((logs / (epochs * args.num_minibatches)).tolist())  # all processes see where one is not finite
         for name, loss in zip(LOSSES, losses, strict=True):
             writer.add_scalar(f"losses/{name}", loss, global_step)
