@@ -309,7 +309,7 @@ def calls_beside_cleanrl(*names):
 
 def test_all_calls():
     """On the machine where bfloat16 is the default."""
-    _, fixed, moving = calls_beside_cleanrl(*(f"throughput_cpu{name}" for name in ("", "_be16aab", "_1a00068", "_first")))
+    _, fixed, moving = calls_beside_cleanrl(*(f"throughput_cpu{name}" for name in ("", "_c85f1d3", "_be16aab", "_1a00068", "_first")))
     ends = min(fixed[1:]), max(fixed[1:]), min(moving[1:])
     words = "other calls, of earlier versions, gave {} to {} times CleanRL at L = 32 and {} with L moving"
     assert_says(MAIN, words, *ends)
