@@ -174,8 +174,8 @@ class Args:
     eval_epsilon: float = 0.0
     """share of random actions in evaluation and videos"""
     eval_only: bool = False
-    """if toggled, evaluate --model and exit, on its game, with its precision, memory format, seed, time limit and sticky
-    actions where no flag gives others; eval.json beside the model is written anew"""
+    """if toggled, evaluate --model on its game and exit; eval.json beside the model is written anew. Precision, memory format,
+    seed, time limit and sticky actions are those of its training where no flag gives others"""
     model: str = ""
     """path of the model.pt for --eval-only"""
 
@@ -200,7 +200,8 @@ class Args:
     microbatch_size: int = 0
     """samples per forward and backward pass, whose gradients add up; 0: all on CUDA, 512 on the CPU"""
     env_pools: int = 0
-    """emulate the games in this many groups, each while the network acts for the others; 0: 2 on CUDA (1 if odd), else 1"""
+    """emulate the games in this many groups, each while the network acts for the others; 0: 2 on CUDA if they divide into two
+    equal ones, else 1"""
     env_threads: int = 0
     """threads of the emulator, for each group of games; 0 is one per core granted to this process"""
     torch_threads: int = 0
@@ -337,8 +338,8 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
 class PixelConv2d(nn.Conv2d):
     """Convolution of pixels 0..255 (uint8) as if scaled to [0, 1]: it divides the weights instead, which costs nothing.
 
-    Its output lies in self.memory_format, and so do the features after it. The weights and with them the gradients, unlike
-    after network.to(memory_format=...), stay contiguous, as parameters_to_vector wants them.
+    Its output lies in self.memory_format, and so do the features after it. Weights and gradients stay contiguous, as
+    parameters_to_vector needs them; network.to(memory_format=...) would change that.
     """
 
     memory_format = torch.contiguous_format
@@ -349,7 +350,7 @@ class PixelConv2d(nn.Conv2d):
         weight = self.weight / 255
         if self.memory_format == torch.channels_last and dtype == torch.bfloat16:
             # The same sums as a 2x2 convolution, stride 1, of blocks of 4x4 pixels laid out as 64 channels, which is faster in
-            # bfloat16. A row of a block, 4 bytes, is moved as one int32.
+            # bfloat16 (on CPUs; not measured on CUDA). A row of a block, 4 bytes, is moved as one int32.
             rows = x.contiguous().view(torch.int32).unflatten(2, (-1, 4))  # (n, 4, 21, 4, 21)
             x = rows.permute(0, 2, 4, 1, 3).contiguous().view(torch.uint8).flatten(3).permute(0, 3, 1, 2)  # (n, 64, 21, 21)
             weight = weight.unflatten(3, (2, 4)).unflatten(2, (2, 4)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
@@ -432,8 +433,8 @@ class QNetwork(nn.Module):
 def behavioral_divergence(new_actions, old_actions):
     """Share of states whose greedy action changed, a float in [0, 1] (Park, arXiv 2605.21557).
 
-    Both arguments are the greedy actions (M,) of one policy on the same M states. ValueError if they differ in shape or
-    are empty.
+    new_actions and old_actions, (M,): greedy actions of the updated policy and of the one before, on the same M states.
+    ValueError if they differ in shape or are empty.
     """
     if new_actions.shape != old_actions.shape or len(new_actions) == 0:
         raise ValueError(f"need two equal, non-empty shapes, got {tuple(new_actions.shape)} and {tuple(old_actions.shape)}")
@@ -494,9 +495,8 @@ def gradient_noise_scale(gradients, minibatch_size):
     gradients = torch.stack(list(gradients))
     if len(gradients) < 2:
         raise ValueError("need the gradients of at least two minibatches")
-    mean = gradients.mean(0)
-    noise = minibatch_size * float((gradients - mean).square().sum()) / (len(gradients) - 1)
-    return noise, float(mean.square().sum()) - noise / (len(gradients) * minibatch_size)
+    noise = minibatch_size * float(gradients.var(0).sum())
+    return noise, float(gradients.mean(0).square().sum()) - noise / (len(gradients) * minibatch_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -518,7 +518,7 @@ def act(network, observations, explore, random_actions):
     return torch.where(explore, random_actions, greedy), values
 
 
-# What update returns, the names in the logs
+# Names, in TensorBoard under losses/, of the values that update returns
 LOSSES = ("td_loss", "q_values", "grad_norm")
 
 
@@ -543,8 +543,8 @@ def compute_gradient(network, observations, actions, returns, weights, microbatc
 
 
 def update(network, optimizer, gradient_step, *minibatch, max_grad_norm):
-    """One optimizer step with the gradient that gradient_step (compute_gradient, perhaps recorded as a CUDA graph) leaves of a
-    minibatch. Returns its logs and the unclipped gradient norm."""
+    """One optimizer step. gradient_step(*minibatch), compute_gradient or its CUDA graph, leaves the gradient in p.grad and
+    returns its logs. Returns these and the gradient norm before clipping, (len(LOSSES),)."""
     logs = gradient_step(*minibatch)
     grad_norm = nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
     optimizer.step()
@@ -811,18 +811,14 @@ def check_args(args):
         fail(f"--env-id {args.env_id} is {kind}; did you mean {' or '.join(close)}?")
     at_least = dict.fromkeys("num_envs num_steps total_timesteps num_minibatches update_epochs adapt_interval".split(), 1)
     at_least |= dict.fromkeys("rollout_length_min divergence_window reference_batch_size video_episodes".split(), 1)
-    at_least |= dict.fromkeys("seed divergence_warmup eval_episodes checkpoint_interval microbatch_size".split(), 0)
-    at_least |= dict.fromkeys("schedule_timesteps env_pools env_threads torch_threads".split(), 0)
-    at_least |= {"max_episode_steps": 2}
-    for name, bound in at_least.items():
-        if getattr(args, name) < bound:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; use {bound} or more")
-    at_most = {name: 10**15 for name, value in vars(args).items() if isinstance(value, int)}
-    at_most |= {"num_envs": 65_536, "rollout_length_max": 65_536, "num_steps": 65_536, "max_episode_steps": 10_000_000}
+    at_least |= {"max_episode_steps": 2}  # all others 0
+    at_most = {"num_envs": 65_536, "rollout_length_max": 65_536, "num_steps": 65_536, "max_episode_steps": 10_000_000}
     at_most |= {"seed": 2**32 - 1, "env_threads": 1024, "torch_threads": 1024, "eval_episodes": 1_000_000}
-    for name, bound in at_most.items():
-        if getattr(args, name) > bound:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is too large; use {bound} or less")
+    for name, value in vars(args).items():
+        low, high = at_least.get(name, 0), at_most.get(name, 10**15)
+        if isinstance(value, int) and not low <= value <= high:
+            wrong, limit = ("small", f"{low} or more") if value < low else ("large", f"{high} or less")
+            fail(f"--{name.replace('_', '-')} {value} is too {wrong}; use {limit}")
     if not args.exp_name or set(args.exp_name) & set("/\\\0"):
         fail(f"--exp-name {args.exp_name!r} becomes a part of the run folder's name; use letters, digits and the like")
     for name in "learning_rate max_grad_norm divergence_min divergence_max rollout_smoothing".split():
@@ -867,8 +863,9 @@ def check_args(args):
         fail(f"--log-noise-scale compares minibatches; use --num-minibatches 2 or more, not {args.num_minibatches}")
     if args.track and getattr(importlib.util.find_spec("wandb"), "loader", None) is None:  # a folder wandb/ has no loader
         fail("--track needs Weights & Biases, which is not installed; run `pip install wandb` or leave --track out")
-    if args.capture_video and not all(map(importlib.util.find_spec, ("ale_py", "moviepy"))):
-        fail("--capture-video needs ale-py and moviepy; run `pip install -r requirements.txt` or leave --capture-video out")
+    if args.capture_video and not all(map(importlib.util.find_spec, ("ale_py", "cv2", "moviepy"))):
+        needed = "ale-py, moviepy and opencv-python-headless"
+        fail(f"--capture-video needs {needed}; run `pip install -r requirements.txt` or leave --capture-video out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1016,9 +1013,12 @@ def find_run(args):
             same = saved and all(getattr(args, n) in ("auto", getattr(saved, n)) for n in names)  # auto: what the run had
             if same and not claim(run_dir):
                 fail(f"{run_dir} has the same arguments and {in_use}")
-            if same and (run_dir / "diverged.json").exists():
-                fail(f"{run_dir} has the same arguments and diverged; --resume continues it from before, or remove it")
             checkpoint = load_checkpoint(run_dir) if same else None
+            diverged = run_dir / "diverged.json"  # stays there when --resume has got past that step, to a later checkpoint
+            if same and diverged.exists():
+                if not checkpoint or checkpoint["global_step"] < json.loads(diverged.read_text())["global_step"]:
+                    hint = "--resume continues it from before that, or remove its folder"
+                    fail(f"{run_dir} has the same arguments and diverged; {hint}")
             if checkpoint:
                 args.precision = saved.precision
                 break
@@ -1146,6 +1146,9 @@ class CUDAGraphed:
 
     Only the graph of the latest shapes is kept, since each graph holds memory of its own and shapes change with the rollout
     length, once per adaptation at most. What the one before held is given back when the next is recorded.
+
+    A recorded compute_gradient writes into the p.grad tensors that it left when recorded. Between its calls nothing may
+    replace them or set them to None, as optimizer.zero_grad() would; it does so itself only when run plainly or recorded.
     """
 
     def __init__(self, function):
@@ -1157,7 +1160,7 @@ class CUDAGraphed:
             self.shapes, self.recorded = shapes, None
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                output = self.function(*inputs)
+                output = self.function(*(x.clone() for x in inputs))  # as when recorded: torch.compile guards on offsets
             torch.cuda.current_stream().wait_stream(self.stream)
             return output
         if self.recorded is None:
@@ -1180,7 +1183,7 @@ if __name__ == "__main__":
     args.resume, args.auto_resume = "", False  # how it was started is no part of the run
     received_signals = catch_signals()
     sys.excepthook = explain_os_error
-    # What its thread meets, the writer of the curves raises again here
+    # An OSError in SummaryWriter's thread is raised again here, by a later call of it: no traceback of the thread's own
     threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else threading.__excepthook__(error)
 
     num_envs = args.num_envs // WORLD_SIZE
@@ -1192,7 +1195,10 @@ if __name__ == "__main__":
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
     if args.precision == "auto":
         args.precision = "bfloat16" if bfloat16_is_fast(device) else "float32"
     if args.compile and not compiler_is_there(device):
@@ -1207,7 +1213,7 @@ if __name__ == "__main__":
     keep_freed_memory()
 
     if args.eval_only:
-        received_signals.append(0)  # from here on, a signal need not wait
+        received_signals.append(0)  # a signal waits only while the list is empty: from here on, it ends the script at once
         if received_signals[0]:
             stop_at_once(received_signals[0])
         evaluate_only(args, device)
@@ -1251,7 +1257,7 @@ if __name__ == "__main__":
         act_step, gradient_step = CUDAGraphed(act_step), CUDAGraphed(gradient_step)
     update_step = partial(update, network, optimizer, gradient_step, max_grad_norm=args.max_grad_norm)
     # Training draws from one generator and measuring from another, so measuring changes no run.
-    rank_seed = args.seed + 1_000_003 * RANK  # within the 32 bits that the CPU's generator looks at
+    rank_seed = args.seed + 1_000_003 * RANK
     rng = torch.Generator(device).manual_seed(rank_seed)
     reference_rng = torch.Generator(device).manual_seed(rank_seed)
 
@@ -1317,9 +1323,9 @@ if __name__ == "__main__":
 
     def training_state():
         """All that a checkpoint holds: everything but the games, which the emulator cannot save."""
-        random_states = [[rng.get_state(), reference_rng.get_state()]] * WORLD_SIZE  # of this process
+        random_states = [[rng.get_state(), reference_rng.get_state()]] * WORLD_SIZE
         if WORLD_SIZE > 1:
-            dist.all_gather_object(random_states, random_states[RANK])  # of each
+            dist.all_gather_object(random_states, random_states[RANK])  # each process has its own
         return {
             "weights": network.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -1509,7 +1515,7 @@ if __name__ == "__main__":
     save_checkpoint(run_dir, state)
     (run_dir / "eval.json").unlink(missing_ok=True)  # of the model before, where this run was extended
     save_model(network, args, global_step, run_dir / "model.pt")
-    received_signals.append(0)  # from here on, a signal need not wait
+    received_signals.append(0)  # a signal waits only while the list is empty: from here on, it ends the script at once
     if received_signals[0]:  # one came where no iteration was left to notice it
         stop_at_once(received_signals[0])
     trained = f"trained {global_step - start_step:,} steps in {time.time() - start_time:.0f} s"

@@ -1,10 +1,13 @@
-# Adapts CleanRL's PQN script, whose EnvPool calls are of an older version, to EnvPool 1.2.5 and Gymnasium, for throughput.py:
+# Adapts CleanRL's PQN script, whose EnvPool calls are of an older version, to EnvPool 1.2.5 and Gymnasium:
 #
-#     curl -L https://raw.githubusercontent.com/vwxyzjn/cleanrl/fe8d8a03c41a7ef5b523e2e354bd01c363e786bb/cleanrl/pqn_atari_envpool.py |
-#         sed -f benchmark/cleanrl_pqn.sed > pqn_atari_envpool.py
-#     python benchmark/throughput.py --peer pqn_atari_envpool.py
+#     url=https://raw.githubusercontent.com/vwxyzjn/cleanrl/fe8d8a03c41a7ef5b523e2e354bd01c363e786bb/cleanrl
+#     mkdir -p ../cleanrl && curl -fL $url/pqn_atari_envpool.py | sed -f benchmark/cleanrl_pqn.sed > ../cleanrl/pqn_atari_envpool.py
 #
-# Network, arithmetic (float32) and loop stay as they are.
+# Network, arithmetic (float32) and loop stay as they are. Its speed beside ours, as in the README:
+#
+#     python benchmark/throughput.py --peer ../cleanrl/pqn_atari_envpool.py --steps 40960 --rounds 3
+#
+# What it learns beside ours: the commands of benchmark/results/2026-11-21/peer/jobs.txt, then benchmark/peer_curves.py.
 s/^import gym$/import gymnasium as gym/
 s/env_type="gym"/env_type="gymnasium"/
 

@@ -1,7 +1,7 @@
 """Measures agent steps per second: EnvPool alone, a script at several rollout lengths, and optionally a peer beside it.
 
     python benchmark/throughput.py                                            # pqn_abs_atari.py on this machine
-    python benchmark/throughput.py --peer pqn_atari_envpool.py                # and CleanRL's in turn: see cleanrl_pqn.sed
+    python benchmark/throughput.py --peer ../cleanrl/pqn_atari_envpool.py     # and CleanRL's in turn: see cleanrl_pqn.sed
     python benchmark/throughput.py --scripts *_atari.py --lengths moving      # all scripts, as they run by default
     python benchmark/throughput.py --flags= --flags=--compile --flags="--compile --precision float32"    # three ways, in turn
 

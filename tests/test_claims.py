@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -139,45 +140,50 @@ def test_divergence():
     ends = min(first), max(first), min(third), max(third)
     rises = sum(b > a for a, b in zip(third, last, strict=True))
     words = "in all 16 runs of ABS and fixed rollouts: it averages {} to {} in the first tenth of training and {} to {} in the"
-    assert_says(MAIN, words + " third, then changes little (it rises in {})", *ends, rises)
+    assert_says(MAIN, words + " third tenth, then changes little (it rises in {})", *ends, rises)
     words = "{} to {} over the first tenth of training, {} to {} over the third, {} to {} over the last"
     assert_says(DETAILS, words, *ends, min(last), max(last))
     assert_says(DETAILS, "rises in {} of the 16", rises)
 
 
-@pytest.mark.parametrize("text", [MAIN, DETAILS], ids=["README", "results"])
-def test_early_returns(text):
-    """Half-way through training, and after as many gradient steps as a run with 64 takes."""
+def returns_within(start, end, variant, game="Breakout-v5"):
+    """Mean returns of both seeds in this part of training, from 0 to 1."""
+    return [mean_return(variant, game, seed, start * BUDGET, end * BUDGET) for seed in (1, 2)]
 
-    def half_way(variant, game="Breakout-v5"):
-        return [mean_return(variant, game, seed, 0.45 * BUDGET, 0.55 * BUDGET) for seed in (1, 2)]
+
+half_way = partial(returns_within, 0.45, 0.55)
+
+
+def test_early_returns():
+    """After a fifth of training and half-way through it."""
+    after_a_fifth = partial(returns_within, 0.2, 0.25)
+    words = "(20 to 25 % of it) ABS returned {} and {}, 16 steps {} and {}, 32 steps {} and {}, 64 steps {} and {}; half-way "
+    values = sum(map(after_a_fifth, (ABS, *FIXED)), []) + sum(map(half_way, (ABS, *FIXED)), [])
+    assert_says(MAIN, words + "{} and {}, {} and {}, {} and {}, {} and {}. In Pong", *values)
+    for part in (after_a_fifth, half_way):  # every rollout that grows
+        assert min(sum(map(part, (ABS, LETTER, EPOCHS, CLOCK)), [])) > max(sum(map(part, FIXED[1:]), []))
+    assert_says(DETAILS, "ABS returned {} and {} (seeds 1 and 2)", *half_way(ABS))
+    values = sum(map(half_way, FIXED), [])
+    assert_says(DETAILS, "the shortest rollout ({} and {}) and more than 32 ({} and {}) and 64 ({} and {})", *values)
+    values = sum(map(half_way, (LETTER, EPOCHS, CLOCK)), [])
+    assert_says(DETAILS, "to the letter {} and {}, `--scale-epochs` {} and {}, by the clock {} and {}", *values)
+    values = sum((half_way(variant, "Pong-v5") for variant in (FIXED[2], ABS, FIXED[0], FIXED[1])), [])
+    assert_says(DETAILS, "(64: {} and {}; ABS: {} and {}; 16: {} and {}; 32: {} and {})", *values)
+
+
+def test_returns_at_equal_gradient_steps():
+    """After as many as a run with 64 takes."""
 
     def equal_steps(variant, game):
         return [early_return(variant, game, seed, 11_712) for seed in (1, 2)]
 
     assert gradient_steps(runs_of(FIXED[2])[0], FIXED[2])[-1] == 11_712
-    third_run = early_return(EPOCHS, "Breakout-v5", 1, 11_712)
     at_equal = [equal_steps(variant, game) for game in GAMES for variant in (FIXED[2], FIXED[1], FIXED[0], ABS)]
     pong, breakout = sum(at_equal[:4], []), sum(at_equal[4:], [])
     words = "Breakout returned {} and {} with 64, {} and {} with 32, {} and {} with 16, {} and {} with ABS"
-    assert_says(text, words, *breakout)
-    if text is MAIN:
-        values = sum(map(half_way, (ABS, *FIXED)), [])
-        assert_says(
-            text, "half-way ABS returned {} and {}, 16 steps {} and {}, 32 steps {} and {}, 64 steps {} and {}", *values
-        )
-        assert_says(text, "with ABS ({} in what is in effect its third run", third_run)
-        assert_says(text, "were ahead: {} and {}, {} and {}, with 16 steps {} and {}, with ABS {} and {}.", *pong)
-        return
-    assert_says(text, "ABS returned {} and {} (seeds 1 and 2)", *half_way(ABS))
-    values = sum(map(half_way, FIXED), [])
-    assert_says(text, "the shortest rollout ({} and {}) and more than 32 ({} and {}) and 64 ({} and {})", *values)
-    values = sum(map(half_way, (LETTER, EPOCHS, CLOCK)), [])
-    assert_says(text, "to the letter {} and {}, `--scale-epochs` {} and {}, by the clock {} and {}", *values)
-    values = sum((half_way(variant, "Pong-v5") for variant in (FIXED[2], ABS, FIXED[0], FIXED[1])), [])
-    assert_says(text, "(64: {} and {}; ABS: {} and {}; 16: {} and {}; 32: {} and {})", *values)
-    assert_says(text, "with ABS, {} with `--scale-epochs`, seed 1,", third_run)
-    assert_says(text, "{} and {} with 64, {} and {} with 32, {} and {} with 16, {} and {} with ABS, so that", *pong)
+    assert_says(DETAILS, words, *breakout)
+    assert_says(DETAILS, "with ABS, {} with `--scale-epochs`, seed 1,", early_return(EPOCHS, "Breakout-v5", 1, 11_712))
+    assert_says(DETAILS, "{} and {} with 64, {} and {} with 32, {} and {} with 16, {} and {} with ABS, so that", *pong)
 
 
 @pytest.mark.parametrize("text", [MAIN, DETAILS], ids=["README", "results"])
@@ -241,8 +247,9 @@ def test_against_cleanrl():
         assert (values == mean_returns("precision", group)).all()
     words = f"{FOUR} here in float32 (the runs above), {FOUR} there (seeds 1, 1001, 2001 and 3001), difference "
     words += "{} (Welch's 95 % interval {} to {}); with bfloat16 {} ({} to {})"
-    for text in (MAIN, DETAILS):
-        assert_says(text, words, *float32[1], *peers[1], *welch(float32[1], peers[1]), *welch(bfloat16[1], peers[1]))
+    differences = *welch(float32[1], peers[1]), *welch(bfloat16[1], peers[1])
+    assert_says(DETAILS, words, *float32[1], *peers[1], *differences)
+    assert_says(MAIN, "can tell: {} ({} to {}) with float32, {} ({} to {}) with bfloat16", *differences)
     words = f"Over the last tenth {FOUR} against {FOUR}, {{}} ({{}} to {{}}); with bfloat16 {{}} ({{}} to {{}})"
     assert_says(DETAILS, words, *float32[0], *peers[0], *welch(float32[0], peers[0]), *welch(bfloat16[0], peers[0]))
 
@@ -252,8 +259,11 @@ def test_bfloat16_learns_as_float32():
     (last, whole), (other_last, other_whole) = (mean_returns("precision", group) for group in ("bfloat16", "float32"))
     words = f"{FOUR} with bfloat16 (seeds 1, 2, 3 and 1001), {FOUR} with float32, difference "
     words += "{} (Welch's 95 % interval {} to {}"
-    for text in (MAIN, DETAILS):
-        assert_says(text, words, *whole, *other_whole, *welch(whole, other_whole))
+    difference, *interval = welch(whole, other_whole)
+    assert_says(DETAILS, words, *whole, *other_whole, difference, *interval)
+    mean = np.mean([whole, other_whole])
+    words = "some {}, is {} (Welch's 95 % interval {} to {}, so one below about {} % would go unnoticed"
+    assert_says(MAIN, words, mean, difference, *interval, 100 * max(interval) / mean)
     words = f"over the last tenth {FOUR} against {FOUR}, {{}} ({{}} to {{}})"
     assert_says(DETAILS, words, *last, *other_last, *welch(last, other_last))
 
@@ -278,12 +288,11 @@ SPEEDS["CleanRL's `pqn_atari_envpool.py`, L = 32"] = "peer pqn_atari_envpool.py,
 @pytest.mark.parametrize("name", SPEEDS)
 @pytest.mark.parametrize("machine", ["", "_intel"], ids=["AMD", "Intel"])
 def test_throughput(machine, name):
-    """The tables of the speed section: rate, range, share of the emulator's rate, and of the scripts times CleanRL, memory."""
+    """The tables of README and docs/speed.md: rate, range, share of the emulator's rate, times CleanRL's, memory."""
     measured_here = pd.read_csv(ROOT / "docs" / f"throughput_cpu{machine}.csv", index_col="name")
     own, rates = measured_here.loc[SPEEDS[name]], measured_here["steps_per_second"]
     values = [own.steps_per_second, own.lowest, own.highest, 100 * own.steps_per_second / rates["EnvPool, random actions"]]
-    rows = [line for line in MAIN.split("\n") if line.startswith(f"| {name} |")]
-    row = rows[1 if machine else 0]
+    row = row_of(SPEED if machine else MAIN, name)
     words = f"| {name} | {{}} | {{}} to {{}} | {{}} % |"
     if own.name.endswith("random actions"):
         return assert_says(row, words, *values)
@@ -309,11 +318,19 @@ def calls_beside_cleanrl(*names):
 
 def test_all_calls():
     """On the machine where bfloat16 is the default."""
-    _, fixed, moving = calls_beside_cleanrl(*(f"throughput_cpu{name}" for name in ("", "_c85f1d3", "_be16aab", "_1a00068", "_first")))
+    calls, fixed, moving = calls_beside_cleanrl(
+        *(f"throughput_cpu{name}" for name in ("", "_c85f1d3", "_be16aab", "_1a00068", "_first"))
+    )
     ends = min(fixed[1:]), max(fixed[1:]), min(moving[1:])
     words = "other calls, of earlier versions, gave {} to {} times CleanRL at L = 32 and {} with L moving"
     assert_says(MAIN, words, *ends)
     assert round(min(moving[1:]), 1) == round(max(moving[1:]), 1)
+    float32 = pd.read_csv(ROOT / "docs" / "flags_amd.csv", index_col="name")["steps_per_second"].loc[
+        "pqn_abs_atari.py, L = 32, --precision float32"
+    ]
+    peers = [call["steps_per_second"].iloc[-1] for call in calls]
+    assert_says(MAIN, "ours ran at {} steps/s in another call", float32)
+    assert_says(MAIN, "{} to {} times CleanRL's rates; the rest is bfloat16", float32 / max(peers), float32 / min(peers))
 
 
 def test_throughput_without_bfloat16():
@@ -322,6 +339,9 @@ def test_throughput_without_bfloat16():
     calls, fixed_ratios, moving_ratios = calls_beside_cleanrl(*names)
     ends = calls[0].loc["EnvPool, random actions"]
     assert_says(SPEED, "EnvPool alone ranged from {} to {} within the first of them", ends.lowest, ends.highest)
+    values = [f(calls[0]["steps_per_second"]) for f in (lambda x: x.iloc[2], lambda x: x.iloc[4])]
+    words = "the same command gave {} steps/s at L = 32, {} times CleanRL, and {} with L moving, {} times"
+    assert_says(MAIN, words, values[0], fixed_ratios[0], values[1], moving_ratios[0])
     words = "four other calls gave {} to {} times CleanRL at L = 32 and {} to {} with L moving"
     assert_says(MAIN, words, *(end(ratios[1:]) for ratios in (fixed_ratios, moving_ratios) for end in (min, max)))
     emulator, calm_peer = (calls[0]["steps_per_second"].iloc[row] for row in (0, -1))
@@ -415,7 +435,13 @@ def test_the_rival_rule():
         newer[newer["env_id"].eq(f"{game}-v5") & newer["variant"].str.startswith("GNS")].score.item()
         for game in ("Breakout", "Pong")
     ]
-    assert_says(MAIN, "It scored {} in Breakout and {} in Pong; ", *own)
+    words = "{} in Breakout, above both runs of ABS, and {} in Pong, where fixed 16 with the same seed scored {}"
+    assert_says(MAIN, words, *own, finished.score[FIXED[0], "Pong-v5", 1])
+    assert own[0] > finished.score[ABS, "Breakout-v5"].max()
+    words = "divergence takes {} s on one core (AMD, medians of"
+    assert_says(MAIN, words, medians[1])
+    assert_says(MAIN, "noise scale {} s at 16 steps and in proportion", medians[0])
+    assert_says(SPEED, "they took {} and, at 16 steps, {} s (medians of", *medians[::-1])
 
 
 def test_large_networks():
@@ -443,8 +469,9 @@ def test_large_networks():
         *breakout[1::3],
         *breakout[2::3],
     )
-    (end,) = {run["rollout_length"].iloc[-1] for run in (l_breakout, xl, l_pong)}
-    assert_says(MAIN, "the rollout, which may reach 128 steps there, ended at {} in all three runs", end)
+    (longest,), (last,) = set(longest_and_last[::2]), set(longest_and_last[1::2])
+    words = "the rollout reached {} of 128 steps and went back to {}; in Pong it was still growing, at {}"
+    assert_says(MAIN, words, longest, last, pong[2])
 
 
 def small_last():

@@ -256,7 +256,7 @@ def test_evaluation_is_for_one_process(script, run_here, tmp_path, monkeypatch):
 
 
 @distinct_scripts
-@pytest.mark.parametrize("missing", ["ale_py", "moviepy"])
+@pytest.mark.parametrize("missing", ["ale_py", "cv2", "moviepy"])
 def test_video_without_its_packages(script, missing, run_here, tmp_path, monkeypatch):
     """--capture-video says what is missing before the training, not after it."""
     find_spec = importlib.util.find_spec

@@ -342,6 +342,20 @@ def test_auto_resume(copy, tmp_path):
 
 
 @pqn_only
+def test_auto_resume_after_a_divergence(copy, tmp_path):
+    """It leaves a run that diverged alone, until --resume has got past that step to a later checkpoint."""
+    script, run_dir = copy
+    arguments = (*SIZE, 2400, "--checkpoint-interval", 100, "--auto-resume", "--eval-episodes", 0)
+    step = load(checkpoints(run_dir)[-1])["global_step"]
+    (run_dir / "diverged.json").write_text(json.dumps({"global_step": step + 1}))
+    refused = run_script(script, *arguments, cwd=tmp_path)
+    assert refused.returncode == 2 and f"{run_dir.name} has the same arguments and diverged" in refused.stderr
+    (run_dir / "diverged.json").write_text(json.dumps({"global_step": step}))
+    result = run_script(script, *arguments, cwd=tmp_path)
+    assert result.returncode == 0 and f"continuing at step {step:,} of 2,400" in result.stdout, result.stderr
+
+
+@pqn_only
 def test_what_runs_it_may_change_but_not_unseen(copy, tmp_path):
     """A run that other code or another library continues says so, and versions.json lists both."""
     script, run_dir = copy

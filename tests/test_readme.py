@@ -9,12 +9,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = README + (ROOT / "docs" / "own_script.md").read_text()
 RESULTS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("benchmark/results/*/README.md"))]
 
 
 def quoted_fragments():
-    """(script, code) of every piece of code that the README says it copied; "..." lines separate the pieces of a block."""
-    for script, block in re.findall(r"<!-- from (\S+) -->\n```python\n(.*?)```", README, flags=re.S):
+    """(script, code) of every piece of code that a page says it copied; "..." lines separate the pieces of a block."""
+    for script, block in re.findall(r"<!-- from (\S+) -->\n```python\n(.*?)```", PAGES, flags=re.S):
         for fragment in re.split(r"^\.\.\.\n", block, flags=re.M):
             yield script, fragment.strip("\n")
 
@@ -26,7 +27,7 @@ def without_indentation(code):
 def test_quoted_code_is_the_scripts_code():
     """Each quoted piece stands in its script line by line, but for a common indentation."""
     fragments = list(quoted_fragments())
-    assert len(fragments) >= 4
+    assert len(fragments) >= 7
     for script, fragment in fragments:
         lines = (ROOT / script).read_text().split("\n")
         size = len(fragment.split("\n"))
@@ -35,7 +36,7 @@ def test_quoted_code_is_the_scripts_code():
 
 
 def test_flags_exist():
-    """Every --flag in the README is an argument of the script (or of one of the named tools)."""
+    """Every --flag on the pages is an argument of the script (or of one of the named tools)."""
     known = set()
     for script in ROOT.glob("*_atari.py"):
         fields = next(n for n in ast.parse(script.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args").body
@@ -47,12 +48,12 @@ def test_flags_exist():
     known |= set(re.findall(r"^#SBATCH (--[a-z-]+)", (ROOT / "benchmark" / "slurm_array.sh").read_text(), re.M))
     known |= set("--bar --joblog --resume-failed --results --termseq --sshlogin --workdir".split())  # GNU parallel
     known |= set(re.findall(r"--[a-z]+", (ROOT / "benchmark" / "atari10.sh").read_text()))
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", README))
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", PAGES))
     assert flags - known == set()
     assert len(flags) > 15
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/speed.md", *RESULTS])
+@pytest.mark.parametrize("page", ["README.md", "docs/speed.md", "docs/own_script.md", *RESULTS])
 def test_linked_files_exist(page):
     """Every relative link and picture leads to a file of the repository, and one to a heading to a heading."""
     text = (ROOT / page).read_text()
