@@ -245,7 +245,7 @@ def test_against_cleanrl():
     bfloat16, float32, peers = (mean_returns("peer", group) for group in ("bfloat16", "float32", "CleanRL"))
     for group, values in (("bfloat16", bfloat16), ("float32", float32)):
         assert (values == mean_returns("precision", group)).all()
-    words = f"{FOUR} here in float32 (the runs above), {FOUR} there (seeds 1, 1001, 2001 and 3001), difference "
+    words = f"{FOUR} here in float32 (the runs of the next point), {FOUR} there (seeds 1, 1001, 2001 and 3001), difference "
     words += "{} (Welch's 95 % interval {} to {}); with bfloat16 {} ({} to {})"
     differences = *welch(float32[1], peers[1]), *welch(bfloat16[1], peers[1])
     assert_says(DETAILS, words, *float32[1], *peers[1], *differences)
