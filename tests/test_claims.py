@@ -204,26 +204,40 @@ def test_noise_scale():
 
 
 def test_ppo():
-    """Scores of the four runs; in how many decisions, from the tenth measurement on, the mean of the last 20 KLs lay above
-    --kl-max; in how many measurements B_simple exceeded the largest batch; when the rollout left its minimum."""
+    """Scores of the four runs; KL and changed actions in tenths of training; in how many decisions, from the tenth measurement
+    on, the mean of the last 20 KLs lay above --kl-max; in how many measurements B_simple exceeded the largest batch; when the
+    rollout left its minimum."""
     own = pd.concat([finished, pd.read_csv(STUDY / "report_ppo" / "scores.csv").set_index(KEY)]).loc["PPO ABS 16-64"]
     assert len(own) == 4 and set(own["eval_episodes"]) == {100}
-    results, decisions, exceeds, grown = [], [], [], []
-    for game, seed in [(game, seed) for game in GAMES for seed in (1, 2)]:
-        run = measured[own.run[game, seed]]
+    runs = {f"{game.removesuffix('-v5')}, seed {seed}": own.loc[game, seed] for game in GAMES for seed in (1, 2)}
+    results, decisions, exceeds, grown, changed = [], [], [], [], []
+    for name, row in (runs | {"Breakout, seed 1, stopped": None}).items():
+        run = measured["Breakout-v5__ppo_abs_atari__1__1795316589" if row is None else row["run"]]
         mean_kl = run["kl"].dropna().rolling(20, min_periods=10).mean().dropna()
-        b_simple = run["b_simple"].dropna()
-        results += [own.score[game, seed], own.score_std_over_games[game, seed] / 99**0.5]
-        decisions.append((mean_kl > 0.003).mean())
-        assert_says(DETAILS, f"in {(mean_kl > 0.003).sum()} of {len(mean_kl)} decisions")
-        exceeds.append((b_simple > 8192).mean())
-        grown.append(run["step"].iloc[-1] - run.loc[run["rollout_length"] == 16, "step"].iloc[-1])
-        assert_says(DETAILS, f"in {(b_simple > 8192).sum()} of {len(b_simple)} measurements")
-        assert_says(DETAILS, f"in {np.isinf(b_simple).sum()} of them without bound")
+        b_simple, until_32 = run["b_simple"].dropna(), run.loc[run["rollout_length"] == 16, "step"].iloc[-1]
+        numbers = (1, 5) if row is None else (1, 5, 10)
+        tenths = [tenth(run, column, n) for column in ("kl", "divergence") for n in numbers]
+        score = [] if row is None else [row.score, row.score_std_over_games / 99**0.5]
+        above, large = (mean_kl > 0.003).sum(), (b_simple > 8192).sum()
+        first = run.loc[run["step"] <= BUDGET / 10, "b_simple"].median()
+        values = *score, *tenths, above, len(mean_kl), first, large, len(b_simple), np.isinf(b_simple).sum()
+        three = ", ".join(["{}"] * len(numbers))
+        words = f"| {name} | " + "{} ± {}" * bool(score) + f" | {three} | {three} |"
+        words += " {} of {} | {} | {} of {} | {} | {} |"
+        assert_says(row_of(DETAILS, name), " ".join(words.split()), *values, run["step"].iloc[-1] - until_32)
+        assert large > len(b_simple) / 2
+        changed += [tenth(run, "divergence", n) for n in range(2, 11)]
+        if row is not None:
+            results += score
+            decisions.append(above / len(mean_kl))
+            exceeds.append(large / len(b_simple))
+            grown.append(run["step"].iloc[-1] - until_32)
+    assert_says(DETAILS, "changed was {} or less after the first tenth", np.nanmax(changed))
     assert_says(MAIN, "Scores: {} ± {} and {} ± {} in Pong, {} ± {} and {} ± {} in Breakout", *results)
     assert_says(MAIN, "the rule is fed, in {} to {} % of the decisions", 100 * min(decisions), 100 * max(decisions))
     assert_says(MAIN, "exceeded the largest batch of 8,192 in {} to {} % of the", 100 * min(exceeds), 100 * max(exceeds))
-    assert_says(MAIN, "at 16 until the last {} to {} steps", round(min(grown), -3), round(max(grown), -3))
+    for text in (MAIN, DETAILS):
+        assert_says(text, "at 16 until the last {} to {} steps", round(min(grown), -3), round(max(grown), -3))
 
 
 def mean_returns(folder, group):
