@@ -492,3 +492,73 @@ def small_last():
     """Least and largest divergence in the last tenth of the study's 16 runs of ABS and fixed rollouts."""
     last = [tenth(run, "divergence", 10) for run in sum(map(runs_of, (ABS, *FIXED)), [])]
     return min(last), max(last)
+
+
+THIRD = ROOT / "benchmark" / "results" / "2026-11-26-seed-3"
+THIRD_TEXT = (THIRD / "README.md").read_text()
+third = pd.read_csv(THIRD / "report" / "scores.csv").set_index(KEY).sort_index()
+third_runs = dict(list(pd.read_csv(THIRD / "measurements.csv").groupby("run")))
+third_curves = dict(list(pd.read_csv(THIRD / "report" / "curves.csv").groupby("run")))
+THREE = (ABS, FIXED[0], FIXED[1])
+
+
+@pytest.mark.parametrize("name", ["ABS 16-64", "fixed 16", "fixed 32"])
+def test_third_seed(name):
+    """Scores, rollouts and gradient steps of seed 3."""
+    values, lengths, steps = [], [], []
+    for game in GAMES:
+        run = third.loc[(ROWS[name], game, 3)]
+        greedy = json.loads((THIRD / "evaluations" / "greedy" / f"{run['run']}.json").read_text())["mean"]
+        values += [run.score, run.score_std_over_games / 99**0.5, greedy]
+        own = third_runs[run["run"]]
+        lengths += [own["rollout_length"].iloc[-1], own["rollout_length"].max()]
+        steps.append(gradient_steps(own, ROWS[name])[-1])
+        assert run.eval_episodes == 100 and run.state == "finished"
+    words = f"| {name} | {{}} ± {{}} ({{}}) | {{}} ± {{}} ({{}}) | {{}} ({{}}) and {{}} ({{}}) | {{}} and {{}} |"
+    assert_says(row_of(THIRD_TEXT, name), words, *values, *lengths, *steps)
+
+
+def test_three_seeds():
+    """ABS minus 32 and minus 16 over the study's two seeds and the third one."""
+    scores = {v: [third.score[v, game, 3] for game in GAMES] for v in THREE}
+    words = "{} in Pong and {} in Breakout with ABS, {} and {} with 32, {} and {} with 16"
+    assert_says(MAIN, words, *scores[ABS], *scores[FIXED[1]], *scores[FIXED[0]])
+    pooled = {v: np.vstack([hns(v), [[third.hns[v, game, 3] for game in GAMES]]]) for v in THREE}
+    values = []
+    for baseline in (FIXED[1], FIXED[0]):
+        x, y = pooled[ABS], pooled[baseline]
+        improvement, p = report.probability_of_improvement(x, y), report.permutation_p(x, y)
+        values.append((x.mean() - y.mean(), improvement, p))
+    assert_says(MAIN, "ABS minus 32 is {} (p = {}), ABS minus 16 is {} (p = {})", *values[0][::2], *values[1][::2])
+    words = "ABS minus 32 is {} in human-normalised score (probability of improvement {}; exact permutation test within games "
+    assert_says(THIRD_TEXT, words + "p = {}), ABS minus 16 is {} ({}; p = {})", *values[0], *values[1])
+    two = [hns(ABS).mean() - hns(baseline).mean() for baseline in (FIXED[1], FIXED[0])]
+    assert_says(THIRD_TEXT, "With two seeds it was {} and {}", *two)
+
+
+def test_training_of_the_third_seed():
+    """Returns in parts of training; divergence in tenths; what the study's runs had."""
+
+    def returns(game, start, end):
+        runs = (third_curves[third.run[v, game, 3]] for v in THREE)
+        parts = (c[(c["step"] > start * BUDGET) & (c["step"] <= end * BUDGET)] for c in runs)
+        return [part["episodic_return"].mean() for part in parts]
+
+    parts = (0.2, 0.25), (0.45, 0.55), (0.9, 1)
+    values = sum((returns("Breakout-v5", *part) for part in parts), [])
+    words = "ABS returned {}, 16 steps {} and 32 steps {}, half-way {}, {} and {}, in the last tenth {}, {} and {}."
+    assert_says(THIRD_TEXT, words, *values)
+    values = sum((returns("Pong-v5", *part) for part in parts[1:]), [])
+    assert_says(THIRD_TEXT, "had depended on the seed, half-way {}, {} and {}, in the last tenth {}, {} and {}", *values)
+    ends = []
+    for runs in (third_runs.values(), sum(map(runs_of, (ABS, *FIXED)), [])):
+        for number in (1, 3, 10):
+            values = [tenth(run, "divergence", number) for run in runs]
+            ends += [min(values), max(values)]
+    words = "{} to {} in the first tenth of training to {} to {} in the third tenth, and was {} to {} in the last, within the "
+    words += "ranges of the study's 16 runs or close to them ({} to {}, {} to {}, {} to {})"
+    assert_says(THIRD_TEXT, words, *ends)
+    last = [third_runs[third.run[ABS, game, 3]]["rollout_length"].iloc[-1] for game in GAMES]
+    study = [run["rollout_length"].iloc[-1] for run in runs_of(ABS)]
+    assert_says(THIRD_TEXT, "went to {} and {} steps, in the study to {} to {}", *last, min(study), max(study))
+    assert_says(MAIN, "in {} runs of 1.5 million steps in two games", 34 + len(newer_runs) + len(third_runs))
