@@ -261,7 +261,8 @@ def test_video_without_its_packages(script, missing, run_here, tmp_path, monkeyp
     """--capture-video says what is missing before the training, not after it."""
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == missing else find_spec(name, *a))
-    result = run_here(script, "--capture-video")
+    short = "--total-timesteps 2048 --eval-episodes 0 --video-episodes 1 --max-episode-steps 50".split()
+    result = run_here(script, "--capture-video", *short)
     assert result.returncode == 2
     is_one_helpful_line(result, "pip install -r requirements.txt")
     assert list(tmp_path.iterdir()) == []
