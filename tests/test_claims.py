@@ -34,6 +34,14 @@ compared = pd.read_csv(STUDY / "report_complete" / "comparisons.csv").set_index(
 measured = dict(list(pd.read_csv(STUDY / "measurements.csv").groupby("run")))
 curves = dict(list(pd.read_csv(STUDY / "report" / "curves.csv").groupby("run")))
 
+# Seed 3 of five variants, run later
+THIRD = ROOT / "benchmark" / "results" / "2026-11-26-seed-3"
+THIRD_TEXT = (THIRD / "README.md").read_text()
+THREE = (ABS, CLOCK, *FIXED)
+third = pd.read_csv(THIRD / "report" / "scores.csv").set_index(KEY).sort_index()
+third_runs = dict(list(pd.read_csv(THIRD / "measurements.csv").groupby("run")))
+third_curves = dict(list(pd.read_csv(THIRD / "report" / "curves.csv").groupby("run")))
+
 
 def assert_says(text, words, *values):
     """The text has these words, and in the place of each {} the value, rounded to as many digits as stand there."""
@@ -84,6 +92,16 @@ def hns(*variants):
     return np.array([sum((runs[v, game] for v in variants), []) for game in GAMES]).T
 
 
+def pooled(variant):
+    """Human-normalised scores (seeds, games) of the study and, where there is one, of the third seed."""
+    return np.vstack([hns(variant), *([[third.hns[variant, game, 3] for game in GAMES]] if variant in THREE else [])])
+
+
+def third_run(variant, game):
+    """Its measurements."""
+    return third_runs[third.run[variant, game, 3]]
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_scores(name):
     """Score of every run, in the detailed table with the standard error from its 100 games."""
@@ -91,7 +109,12 @@ def test_scores(name):
     values = [own.score[game, seed] for game in GAMES for seed in (1, 2)]
     errors = [own.score_std_over_games[game, seed] / 99**0.5 for game in GAMES for seed in (1, 2)]
     assert set(own["eval_episodes"]) == {100}
-    assert_says(row_of(MAIN, name), f"| {name} | {{}} and {{}} | {{}} and {{}} |", *values)
+    three = [
+        [*values[i : i + 2], *([third.score[ROWS[name], game, 3]] if ROWS[name] in THREE else [])]
+        for i, game in ((0, GAMES[0]), (2, GAMES[1]))
+    ]
+    cell = ", ".join(["{}"] * len(three[0]))
+    assert_says(row_of(MAIN, name), f"| {name} | {cell} | {cell} |", *three[0], *three[1])
     row = re.sub(r" \([-\d.]+\)", "", row_of(DETAILS, name))  # without the greedy scores
     assert_says(row, f"| {name}" + " | {} ± {}" * 4 + " |", *sum(zip(values, errors, strict=True), ()))
 
@@ -99,17 +122,21 @@ def test_scores(name):
 @pytest.mark.parametrize("name", ROWS)
 def test_gradient_steps(name):
     """What a whole run takes."""
-    steps = {int(gradient_steps(run, ROWS[name])[-1]) for run in runs_of(ROWS[name])}
+    runs = runs_of(ROWS[name]) + [third_run(ROWS[name], game) for game in GAMES if ROWS[name] in THREE]
+    steps = {int(gradient_steps(run, ROWS[name])[-1]) for run in runs}
     ends = sorted({min(steps), max(steps)})
     assert_says(row_of(MAIN, name), " | " + " to ".join(["{}"] * len(ends)) + " |", *ends)
 
 
 @pytest.mark.parametrize("name", [n for n in ROWS if ROWS[n] != ABS])
 def test_comparisons(name):
-    """ABS minus each other variant, and the probability that it scores higher, with the intervals of the report."""
+    """ABS minus each other variant, the probability that it scores higher, and p, computed as the report does, over the seeds
+    that both have."""
+    x, y = (pooled(ABS), pooled(ROWS[name])) if ROWS[name] in THREE else (hns(ABS), hns(ROWS[name]))
+    improvement, difference, _ = zip(*report.estimate([x, y], report.comparison_functions, 2000), strict=True)
+    words = " | {} ({} to {})" * 2 + " | {} |"
+    assert_says(row_of(MAIN, name), words, *difference, *improvement, report.permutation_p(x, y))
     row = compared.loc[(ABS, ROWS[name])]
-    values = [row[n + end] for n in ("mean_difference", "probability_of_improvement") for end in ("", "_low", "_high")]
-    assert_says(row_of(MAIN, name), " | {} ({} to {})" * 2 + " |", *values)
     assert hns(ABS).mean() - hns(ROWS[name]).mean() == pytest.approx(row["mean_difference"], abs=1e-5)
 
 
@@ -121,8 +148,9 @@ def test_permutation_tests():
 
     over_64, over_clock, *_ = p(ABS)
     assert over_64 == pytest.approx(2 / 6**2)  # two of the ways to deal four runs out to two variants, in each of two games
-    assert_says(MAIN, "cannot give a two-sided p-value below {}, which is that of ABS over 64", over_64)
-    assert_says(MAIN, "looks worse, most in Pong, but p = {},", over_clock)
+    over_three = [report.permutation_p(pooled(ABS), pooled(baseline)) for baseline in (FIXED[2], CLOCK)]
+    assert_says(MAIN, "with twice as many gradient steps (p = {}): in Breakout every run", over_three[0])
+    assert_says(MAIN, "over the three, p = {}. Another clock", over_three[1])
     assert_says(DETAILS, "permutation test of ABS against 64 gives p = {} (two-sided", over_64)
     assert_says(DETAILS, "permutation test p = {}. It looks worse", over_clock)
     over_64, *others = p(ABS, LETTER, EPOCHS)
@@ -139,8 +167,10 @@ def test_divergence():
     assert len(runs) == 16 and all(b < a for a, b in zip(first, third, strict=True))
     ends = min(first), max(first), min(third), max(third)
     rises = sum(b > a for a, b in zip(third, last, strict=True))
-    words = "in all 16 runs of ABS and fixed rollouts: it averages {} to {} in the first tenth of training and {} to {} in the"
-    assert_says(MAIN, words + " third tenth, then changes little (it rises in {})", *ends, rises)
+    words = "in all 16 runs of ABS and fixed rollouts with seeds 1 and 2: it averages {} to {} in the first tenth of training "
+    assert_says(MAIN, words + "and {} to {} in the third tenth, then changes little (it rises in {})", *ends, rises)
+    late = [tenth(third_run(FIXED[2], "Pong-v5"), "divergence", n) for n in (1, 3, 10)]
+    assert_says(MAIN, "took longer (Pong, 64 steps: {}, {}, in the last tenth {})", *late)
     words = "{} to {} over the first tenth of training, {} to {} over the third, {} to {} over the last"
     assert_says(DETAILS, words, *ends, min(last), max(last))
     assert_says(DETAILS, "rises in {} of the 16", rises)
@@ -151,17 +181,30 @@ def returns_within(start, end, variant, game="Breakout-v5"):
     return [mean_return(variant, game, seed, start * BUDGET, end * BUDGET) for seed in (1, 2)]
 
 
+def third_return(variant, game, start, end):
+    curve = third_curves[third.run[variant, game, 3]]
+    return curve.loc[(curve["step"] > start * BUDGET) & (curve["step"] <= end * BUDGET), "episodic_return"].mean()
+
+
 half_way = partial(returns_within, 0.45, 0.55)
 
 
 def test_early_returns():
     """After a fifth of training and half-way through it."""
-    after_a_fifth = partial(returns_within, 0.2, 0.25)
-    words = "(20 to 25 % of it) ABS returned {} and {}, 16 steps {} and {}, 32 steps {} and {}, 64 steps {} and {}; half-way "
-    values = sum(map(after_a_fifth, (ABS, *FIXED)), []) + sum(map(half_way, (ABS, *FIXED)), [])
-    assert_says(MAIN, words + "{} and {}, {} and {}, {} and {}, {} and {}. In Pong", *values)
-    for part in (after_a_fifth, half_way):  # every rollout that grows
-        assert min(sum(map(part, (ABS, LETTER, EPOCHS, CLOCK)), [])) > max(sum(map(part, FIXED[1:]), []))
+    words, values, three = (
+        "(20 to 25 % of it) ABS returned {s}, 16 steps {s}, 32 steps {s}, 64 steps {s}; half-way ",
+        [],
+        "{}, {} and {}",
+    )
+    for part in ((0.2, 0.25), (0.45, 0.55)):
+        seeds = {
+            v: returns_within(*part, v) + ([third_return(v, "Breakout-v5", *part)] if v in THREE else [])
+            for v in ROWS.values()
+        }
+        values += sum((seeds[v] for v in (ABS, *FIXED)), [])
+        growing, fixed = (sum((seeds[v] for v in group), []) for group in ((ABS, LETTER, EPOCHS, CLOCK), FIXED[1:]))
+        assert min(growing) > max(fixed)  # every rollout that grows
+    assert_says(MAIN, (words + "{s}, then {s}, then {s}, then {s}. In Pong").replace("{s}", three), *values)
     assert_says(DETAILS, "ABS returned {} and {} (seeds 1 and 2)", *half_way(ABS))
     values = sum(map(half_way, FIXED), [])
     assert_says(DETAILS, "the shortest rollout ({} and {}) and more than 32 ({} and {}) and 64 ({} and {})", *values)
@@ -449,9 +492,9 @@ def test_the_rival_rule():
         newer[newer["env_id"].eq(f"{game}-v5") & newer["variant"].str.startswith("GNS")].score.item()
         for game in ("Breakout", "Pong")
     ]
-    words = "{} in Breakout, above both runs of ABS, and {} in Pong, where fixed 16 with the same seed scored {}"
+    words = "{} in Breakout, above all runs of ABS, and {} in Pong, where fixed 16 with the same seed scored {}"
     assert_says(MAIN, words, *own, finished.score[FIXED[0], "Pong-v5", 1])
-    assert own[0] > finished.score[ABS, "Breakout-v5"].max()
+    assert own[0] > max(finished.score[ABS, "Breakout-v5"].max(), third.score[ABS, "Breakout-v5", 3])
     words = "divergence takes {} s on one core (AMD, medians of"
     assert_says(MAIN, words, medians[1])
     assert_says(MAIN, "noise scale {} s at 16 steps and in proportion", medians[0])
@@ -494,15 +537,7 @@ def small_last():
     return min(last), max(last)
 
 
-THIRD = ROOT / "benchmark" / "results" / "2026-11-26-seed-3"
-THIRD_TEXT = (THIRD / "README.md").read_text()
-third = pd.read_csv(THIRD / "report" / "scores.csv").set_index(KEY).sort_index()
-third_runs = dict(list(pd.read_csv(THIRD / "measurements.csv").groupby("run")))
-third_curves = dict(list(pd.read_csv(THIRD / "report" / "curves.csv").groupby("run")))
-THREE = (ABS, FIXED[0], FIXED[1])
-
-
-@pytest.mark.parametrize("name", ["ABS 16-64", "fixed 16", "fixed 32"])
+@pytest.mark.parametrize("name", [name for name in ROWS if ROWS[name] in THREE])
 def test_third_seed(name):
     """Scores, rollouts and gradient steps of seed 3."""
     values, lengths, steps = [], [], []
@@ -519,46 +554,48 @@ def test_third_seed(name):
 
 
 def test_three_seeds():
-    """ABS minus 32 and minus 16 over the study's two seeds and the third one."""
-    scores = {v: [third.score[v, game, 3] for game in GAMES] for v in THREE}
-    words = "{} in Pong and {} in Breakout with ABS, {} and {} with 32, {} and {} with 16"
-    assert_says(MAIN, words, *scores[ABS], *scores[FIXED[1]], *scores[FIXED[0]])
-    pooled = {v: np.vstack([hns(v), [[third.hns[v, game, 3] for game in GAMES]]]) for v in THREE}
-    values = []
-    for baseline in (FIXED[1], FIXED[0]):
-        x, y = pooled[ABS], pooled[baseline]
-        improvement, p = report.probability_of_improvement(x, y), report.permutation_p(x, y)
-        values.append((x.mean() - y.mean(), improvement, p))
-    assert_says(MAIN, "ABS minus 32 is {} (p = {}), ABS minus 16 is {} (p = {})", *values[0][::2], *values[1][::2])
-    words = "ABS minus 32 is {} in human-normalised score (probability of improvement {}; exact permutation test within games "
-    assert_says(THIRD_TEXT, words + "p = {}), ABS minus 16 is {} ({}; p = {})", *values[0], *values[1])
-    two = [hns(ABS).mean() - hns(baseline).mean() for baseline in (FIXED[1], FIXED[0])]
-    assert_says(THIRD_TEXT, "With two seeds it was {} and {}", *two)
+    """ABS minus the other variants over the study's two seeds and the third one; what no longer holds of 64."""
+    values, two = [], []
+    for baseline in (FIXED[2], CLOCK, FIXED[1], FIXED[0]):
+        x, y = pooled(ABS), pooled(baseline)
+        values += [x.mean() - y.mean(), report.probability_of_improvement(x, y), report.permutation_p(x, y)]
+        two.append(hns(ABS).mean() - hns(baseline).mean())
+    words = "ABS minus 64 is {} in human-normalised score (probability of improvement {}; exact permutation test within games "
+    words += "p = {}), minus growth with time {} ({}; p = {}), minus 32 {} ({}; p = {}), minus 16 {} ({}; p = {})"
+    assert_says(THIRD_TEXT, words, *values)
+    assert_says(THIRD_TEXT, "With two seeds these were {}, {}, {} and {}", *two)
+    pong = [*finished.score[ABS, "Pong-v5"], third.score[ABS, "Pong-v5", 3]]
+    assert_says(THIRD_TEXT, "in Pong 64 scored {}, ABS {}, {} and {}.", third.score[FIXED[2], "Pong-v5", 3], *pong)
+    breakout = [pooled(v)[:, 1] for v in (ABS, FIXED[2])]
+    assert min(breakout[0]) > max(breakout[1]) and pooled(FIXED[2])[2, 0] > pooled(ABS)[1, 0]
 
 
 def test_training_of_the_third_seed():
     """Returns in parts of training; divergence in tenths; what the study's runs had."""
-
-    def returns(game, start, end):
-        runs = (third_curves[third.run[v, game, 3]] for v in THREE)
-        parts = (c[(c["step"] > start * BUDGET) & (c["step"] <= end * BUDGET)] for c in runs)
-        return [part["episodic_return"].mean() for part in parts]
-
     parts = (0.2, 0.25), (0.45, 0.55), (0.9, 1)
-    values = sum((returns("Breakout-v5", *part) for part in parts), [])
-    words = "ABS returned {}, 16 steps {} and 32 steps {}, half-way {}, {} and {}, in the last tenth {}, {} and {}."
+    values = [third_return(variant, "Breakout-v5", *part) for part in parts for variant in THREE]
+    words = (
+        "ABS returned {}, growth with time {}, 16, 32 and 64 steps {}, {} and {}, half-way {}, {}, {}, {} and {}, in the last "
+    )
+    assert_says(THIRD_TEXT, words + "tenth {}, {}, {}, {} and {}.", *values)
+    values = [third_return(variant, "Pong-v5", *part) for part in parts[1:] for variant in THREE]
+    words = "had depended on the seed, half-way {}, {}, {}, {} and {}, in the last tenth {}, {}, {}, {} and {}."
     assert_says(THIRD_TEXT, words, *values)
-    values = sum((returns("Pong-v5", *part) for part in parts[1:]), [])
-    assert_says(THIRD_TEXT, "had depended on the seed, half-way {}, {} and {}, in the last tenth {}, {} and {}", *values)
-    ends = []
-    for runs in (third_runs.values(), sum(map(runs_of, (ABS, *FIXED)), [])):
-        for number in (1, 3, 10):
-            values = [tenth(run, "divergence", number) for run in runs]
-            ends += [min(values), max(values)]
-    words = "{} to {} in the first tenth of training to {} to {} in the third tenth, and was {} to {} in the last, within the "
-    words += "ranges of the study's 16 runs or close to them ({} to {}, {} to {}, {} to {})"
-    assert_says(THIRD_TEXT, words, *ends)
-    last = [third_runs[third.run[ABS, game, 3]]["rollout_length"].iloc[-1] for game in GAMES]
+    late, study = third_run(FIXED[2], "Pong-v5"), sum(map(runs_of, (ABS, *FIXED)), [])
+    first, third_tenth, last = (
+        [tenth(run, "divergence", n) for run in third_runs.values() if run is not late] for n in (1, 3, 10)
+    )
+    last.append(tenth(late, "divergence", 10))
+    values = [f(x) for x in (first, third_tenth) for f in (min, max)] + [tenth(late, "divergence", n) for n in (1, 3)]
+    words = "in nine of the ten runs as in the study, from {} to {} in the first tenth of training to {} to {} in the third "
+    words += (
+        "tenth; with 64 in Pong it was {} and {} and fell later. In the last tenth it was {} to {} in all ten (the study's "
+    )
+    words += "16 runs of ABS and fixed rollouts: {} to {}, {} to {}, {} to {})"
+    ends = [f(tenth(run, "divergence", n) for run in study) for n in (1, 3, 10) for f in (min, max)]
+    assert_says(THIRD_TEXT, words, *values, min(last), max(last), *ends)
+    last = [third_run(ABS, game)["rollout_length"].iloc[-1] for game in GAMES]
+    assert_says(MAIN, "which asks for a divergence of 0.05 (seed 3: {} and {})", *sorted(last))
     study = [run["rollout_length"].iloc[-1] for run in runs_of(ABS)]
     assert_says(THIRD_TEXT, "went to {} and {} steps, in the study to {} to {}", *last, min(study), max(study))
     assert_says(MAIN, "in {} runs of 1.5 million steps in two games", 34 + len(newer_runs) + len(third_runs))
