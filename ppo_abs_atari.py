@@ -1386,7 +1386,7 @@ if __name__ == "__main__":
         b_values, next_values = values[:length].cpu(), values[1 : length + 1].cpu()
         advantages = generalized_advantages(rewards[:length], b_values, *ends, next_values, args.gamma, args.gae_lambda)
 
-        # Update: reset steps have weight 0, and the loss is the mean over the others
+        # Batch: reset steps have weight 0
         b_obs = obs[:length].flatten(0, 1)
         batch = (actions[:length], log_probs[:length], advantages, advantages + b_values, b_values)
         batch = (b_obs, *(x.flatten().to(device) for x in batch))
@@ -1419,6 +1419,7 @@ if __name__ == "__main__":
             writer.add_scalar("gns/b_simple", b_simple, global_step)
             writer.add_scalar("time/noise_scale", time.perf_counter() - start, global_step)
 
+        # Update: epochs of random minibatches, each with the mean over its transitions as its loss
         logs = torch.zeros(len(LOSSES), device=device)
         for _ in range(epochs):
             for inds in torch.randperm(length * num_envs, generator=rng, device=device).split(minibatch_size):

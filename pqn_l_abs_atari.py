@@ -1390,7 +1390,7 @@ if __name__ == "__main__":
         next_values = values[1 : length + 1].cpu()
         returns = q_lambda_returns(rewards[:length], *ends, next_values, args.gamma, args.q_lambda)
 
-        # Update: reset steps have weight 0, and the loss is the mean over the others
+        # Batch: reset steps have weight 0
         b_obs = obs[:length].flatten(0, 1)
         batch = (b_obs, actions[:length].flatten(), returns.flatten().to(device))
         b_weights = is_transition[:length].flatten().float().to(device)
@@ -1422,6 +1422,7 @@ if __name__ == "__main__":
             writer.add_scalar("gns/b_simple", b_simple, global_step)
             writer.add_scalar("time/noise_scale", time.perf_counter() - start, global_step)
 
+        # Update: epochs of random minibatches, each with the mean over its transitions as its loss
         logs = torch.zeros(len(LOSSES), device=device)
         for _ in range(epochs):
             for inds in torch.randperm(length * num_envs, generator=rng, device=device).split(minibatch_size):

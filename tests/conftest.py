@@ -3,8 +3,10 @@
 import importlib
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -50,6 +52,8 @@ def run_here(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         capsys.readouterr()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        hooks = sys.excepthook, threading.excepthook
         with warnings.catch_warnings():
             # as outside of pytest: what a library warns of in our name stands on stderr
             warnings.showwarning = lambda message, category, *where: print(f"{category.__name__}: {message}", file=sys.stderr)
@@ -58,6 +62,10 @@ def run_here(tmp_path, monkeypatch, capsys):
                 code = 0
             except SystemExit as e:
                 code = e.code or 0
+            finally:
+                sys.excepthook, threading.excepthook = hooks
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
         output = capsys.readouterr()
         return subprocess.CompletedProcess(arguments, code, output.out, output.err)
 

@@ -1,4 +1,4 @@
-"""Behavioral divergence, target length, smoothing and rounding."""
+"""Behavioral divergence, target length and rounding."""
 
 import math
 
@@ -85,23 +85,6 @@ def test_target_refuses_what_has_no_meaning(script):
             script.target_rollout_length(*arguments)
     with pytest.raises(ValueError, match="cosine"):
         script.target_rollout_length(0.5, *PUBLISHED, "cosine")
-
-
-def smoothed(start, target, smoothing, steps, keep):
-    length = start
-    for _ in range(steps):
-        length = keep((1 - smoothing) * length + smoothing * target)
-    return length
-
-
-@scripts
-def test_smoothing_reaches_a_constant_target(script):
-    """A length kept as a float ends at the rounded target; truncated to an int at every step it would freeze short."""
-    for divergence, start in [(0.0, 16.0), (0.2, 16.0), (1.0, 64.0)]:
-        target = script.target_rollout_length(divergence, *PUBLISHED)
-        final = smoothed(start, target, 0.1, 200, float)
-        assert script.round_rollout_length(final, 16, 64, 4) == script.round_rollout_length(target, 16, 64, 4)
-    assert smoothed(16, 64, 0.1, 200, int) == 55  # what keeping the float is for
 
 
 @all_scripts

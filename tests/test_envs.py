@@ -255,6 +255,7 @@ def test_seeds(script):
     evaluation = set().union(*(runs[seed, True] for seed in range(1, 6)))
     assert not training & evaluation
     assert not set(runs[1, False]) & set(runs[2, False]) and not set(runs[1, True]) & set(runs[2, True])
+    assert not set(script.env_seeds(1, 1000, start=2048)) & {*runs[1, False], *script.env_seeds(1, 1000, start=4096)}
     assert runs[3, False] == script.env_seeds(3, 1000) and runs[3, False][:7] == script.env_seeds(3, 7)
 
 
@@ -431,15 +432,20 @@ def test_args_default_to_the_published_environment(script):
 
 
 class Uneven:
-    """Behind EnvPool's interface, games of 1, 2, 3, ... steps, one length and score per environment."""
+    """Behind EnvPool's interface, games of 1, 2, 3, ... steps, one length and score per environment, whose picture tells which
+    action, a number of its own, is right; another one fails the test."""
 
     def __init__(self, num_envs):
         self.action_space, self.length, self.step = SimpleNamespace(n=4), np.arange(1, num_envs + 1), np.zeros(num_envs, int)
 
+    def pictures(self, env_ids):
+        return np.broadcast_to((env_ids % 4).astype(np.uint8)[:, None, None, None], (len(env_ids), 4, 84, 84)).copy()
+
     def reset(self):
-        return np.zeros((len(self.step), 4, 84, 84), dtype=np.uint8), {}
+        return self.pictures(np.arange(len(self.step))), {}
 
     def send(self, actions, env_ids):
+        assert (actions == env_ids % 4).all()
         self.env_ids = env_ids
 
     def recv(self):
@@ -447,20 +453,32 @@ class Uneven:
         self.step[ids] = np.where(self.step[ids] == self.length[ids], 0, self.step[ids] + 1)
         over, none = self.step[ids] == self.length[ids], np.zeros(len(ids), dtype=bool)
         info = {"env_id": ids, "terminated": over, "reward": 10.0 * ids * over, "elapsed_step": self.step[ids]}
-        return np.zeros((len(ids), 4, 84, 84), dtype=np.uint8), np.zeros(len(ids), np.float32), over, none, info
+        return self.pictures(ids), np.zeros(len(ids), np.float32), over, none, info
 
     def close(self):
         pass
 
 
+class Reading(torch.nn.Module):
+    """A network that is sure of the action that the first pixel names."""
+
+    def __init__(self, with_values):
+        super().__init__()
+        self.with_values = with_values
+
+    def forward(self, x):
+        scores = 1000.0 * torch.nn.functional.one_hot(x[:, 0, 0, 0].long(), 4)
+        return (scores, torch.zeros(len(x))) if self.with_values else scores
+
+
 @pytest.mark.parametrize("script", [MODULES["pqn_abs_atari.py"], MODULES["ppo_abs_atari.py"]], ids=lambda s: s.__name__)
 @pytest.mark.parametrize("episodes", [6, 131])
 def test_long_games_count_as_much_as_short_ones(script, episodes, monkeypatch):
-    """Every environment plays its share, the long games too; seeds are those of evaluation, limit and stickiness arrive."""
+    """Every environment plays its share, the long games too, each by what it shows; seeds are those of evaluation, limit and
+    stickiness arrive."""
     asked = []
     monkeypatch.setattr(envpool, "make", lambda *a, **options: asked.append(options) or Uneven(options["num_envs"]))
-    network = Mostly(0.4, 0.2, 0.2, 0.2) if hasattr(script, "Agent") else Always(4, 1)
-    result = script.evaluate(network, "Pong-v5", episodes, 0.0, 5, CPU, 1, 500, 0.25)
+    result = script.evaluate(Reading(hasattr(script, "Agent")), "Pong-v5", episodes, 0.0, 5, CPU, 1, 500, 0.25)
     numbers = [*range(min(episodes, 128)), *range(max(0, episodes - 128))]
     assert sorted(zip(result["returns"], result["lengths"], strict=True)) == sorted((10.0 * i, i + 1) for i in numbers)
     (options,) = asked
@@ -471,7 +489,12 @@ def test_long_games_count_as_much_as_short_ones(script, episodes, monkeypatch):
 
 @scripts
 def test_sticky_actions_stick(script):
-    first, second = (script.AtariEnvs("Breakout-v5", script.env_seeds(1, 2), 1, sticky_action_probability=p) for p in (0, 0.9))
-    (first.reset() == second.reset()).all()
-    rng = np.random.default_rng(0)
-    assert any((step(first, a)[0] != step(second, a)[0]).any() for a in rng.integers(4, size=(30, 2)))
+    """The same actions lead the same way twice with probability 0, and another way with 0.9."""
+    plain, again, sticky = (
+        script.AtariEnvs("Breakout-v5", script.env_seeds(1, 2), 1, sticky_action_probability=p) for p in (0, 0, 0.9)
+    )
+    plain.reset(), again.reset(), sticky.reset()
+    pictures = [
+        [step(envs, a)[0] for envs in (plain, again, sticky)] for a in np.random.default_rng(0).integers(4, size=(30, 2))
+    ]
+    assert all((a == b).all() for a, b, _ in pictures) and any((a != c).any() for a, _, c in pictures)

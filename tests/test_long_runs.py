@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import envpool
 import pytest
 import torch
 from conftest import DISTINCT, MODULES, ROOT, run_script
@@ -53,6 +54,11 @@ def interrupt(script, folder, *arguments, after=1):
     output, errors = process.communicate(timeout=60)
     (run_dir,) = folder.glob("runs/*")
     return run_dir, process.returncode, output, errors
+
+
+def children_of(process):
+    """Process ids of the children, the oldest first."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def checkpoints(run_dir):
@@ -153,6 +159,16 @@ def test_nothing_but_the_games_differs(copy, tmp_path):
         content["optimizer"]["param_groups"][0].pop("lr")  # it follows from the arguments and the step
     assert same(old, new) and old["num_measurements"] > 2 and old["optimizer"]["state"]
     assert old["iteration"] > 4 and old["divergences"] and len(old["random_states"]) == 1
+
+
+@pqn_only
+def test_a_resumed_run_plays_other_games(copy, run_here, monkeypatch):
+    """The step goes into the seeds, or a run that is often stopped would see the beginning of the same games only."""
+    script, run_dir = copy
+    asked, step = [], load(checkpoints(run_dir)[-1])["global_step"]
+    monkeypatch.setattr(envpool, "make", lambda *a, **k: asked.append(k["env_seed"]) or sys.exit())
+    run_here(script, "--resume", run_dir, "--device", "cpu")
+    assert asked == [MODULES[script].env_seeds(1, 8, start=step)] and asked != [MODULES[script].env_seeds(1, 8)]
 
 
 @pqn_only
@@ -392,7 +408,8 @@ def test_an_extended_run_is_another_than_a_long_one(copy, tmp_path):
 def test_extension_keeps_the_schedules(script, tmp_path):
     """A finished run goes on with a larger total; epsilon and learning rate stay on the first run's lines, as a line says."""
     anneals = script != PQN  # by default: PQN decays epsilon alone, PPO the learning rate
-    flags = () if anneals else ("--exploration-fraction", 1)
+    flags = "--adapt-signal time --adapt-interval 1 --rollout-smoothing 1".split()
+    flags += [] if anneals else ["--exploration-fraction", 1]
     assert run_script(script, *SIZE, 1000, *flags, cwd=tmp_path).returncode == 0
     (run_dir,) = tmp_path.glob("runs/*")
     result = run_script(script, "--resume", run_dir, "--total-timesteps", 2500, cwd=tmp_path)
@@ -401,7 +418,8 @@ def test_extension_keeps_the_schedules(script, tmp_path):
     assert result.returncode == 0 and line in result.stdout.splitlines(), result.stderr
     scalars = assert_curves_are_whole(run_dir)
     batches = scalars["abs/batch_size"]
-    assert batches[-1][0] > 2400
+    assert batches[-1][0] > 2300
+    assert {length for step, length in scalars["abs/rollout_length"] if step > 1200} == {16}
     for (step, batch), (_, rate) in zip(batches, scalars["charts/learning_rate"], strict=True):
         assert rate == pytest.approx(2.5e-4 * (max(0, 1 - (step - batch) / 1000) if anneals else 1), abs=1e-9)
     for step, epsilon in scalars.get("charts/epsilon", []):
@@ -439,13 +457,8 @@ def test_sigint_and_impatience(stopped, tmp_path):
 @pytest.mark.parametrize("script", DISTINCT)
 def test_a_signal_while_the_evaluation_is_set_up(script, run_here, monkeypatch):
     """--eval-only has no iteration at whose end it would look: it stops before it plays."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.setattr(torch, "set_num_threads", lambda n: signal.raise_signal(signal.SIGTERM))
-    try:
-        result = run_here(script, "--eval-only", "--model", "model.pt")
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    result = run_here(script, "--eval-only", "--model", "model.pt")
     assert result.returncode == 143 and "stopped at once" in result.stdout
 
 
@@ -522,9 +535,10 @@ def test_a_file_is_whole_or_the_old_one(script, error, tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr(os, "replace", dies)
+    monkeypatch.setattr(os, "fsync", lambda file: seen.append("on the disk"))
     with pytest.raises(error):
         script.write_file(path, b"new")
-    assert seen == [(b"new", b"old")] and path.read_bytes() == b"old"
+    assert seen == ["on the disk", (b"new", b"old")] and path.read_bytes() == b"old"
     assert error is SystemExit or [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
 
@@ -546,6 +560,26 @@ def test_averages_over_processes(script, monkeypatch):
     assert (float(network.weight.grad), float(network.bias.grad)) == (3, 2)
     assert script.reduce_numbers([2.0, 6.0]) == [3, 2]
     assert script.reduce_numbers([2.0, 6.0], torch.distributed.ReduceOp.MAX) == [4, 6]
+    assert script.reduce_numbers([2.0, 6.0], torch.distributed.ReduceOp.SUM) == [6, 4]
+
+
+@pytest.mark.parametrize("script", [MODULES[name] for name in DISTINCT], ids=DISTINCT)
+def test_the_noise_scale_counts_the_samples_of_all_processes(script, monkeypatch):
+    """Two processes of the same gradients have minibatches twice as large: so much more noise in one sample."""
+    network = torch.nn.Linear(3, 1)
+    batch = (torch.randn((8, 3), generator=torch.Generator().manual_seed(0)),)
+
+    def gradient_step(x, weights):
+        network.zero_grad()
+        (network(x).squeeze(1) * weights).sum().backward()
+
+    alone, _ = script.measure_noise_scale(network, gradient_step, batch, torch.ones(8), 2, 0)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, *op: x.mul_(2))
+    together, _ = script.measure_noise_scale(network, gradient_step, batch, torch.ones(8), 2, 0)
+    assert alone > 0 and together == pytest.approx(2 * alone)
 
 
 def test_checkpoints_come_by_the_clock(run_here, monkeypatch):
@@ -601,7 +635,10 @@ def test_two_processes_stay_one_policy(script, tmp_path):
     scalars = assert_curves_are_whole(run_dir)
     assert [2 * m for _, m in scalars["abs/minibatch_size"]] == [b for _, b in scalars["abs/batch_size"]]  # of both together
     assert same(load(run_dir / "model.pt")["weights"], first["weights"])
-    assert len(load(checkpoints(run_dir)[-1])["random_states"]) == 2
+    checkpoint = load(checkpoints(run_dir)[-1])
+    assert len(checkpoint["random_states"]) == 2
+    steps = {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()}
+    assert steps == {2 * MODULES[script].Args.update_epochs * first["iteration"]}  # two minibatches, as one process has
     assert output.count("trained") == 1 and "2 processes" in output
     again = start(script, "--resume", run_dir, cwd=tmp_path, command=command)
     assert again.communicate(timeout=120)[0].count("is finished") == 1
@@ -677,8 +714,7 @@ def test_a_lost_process_ends_the_others(tmp_path):
     process = start(PQN, *SIZE, 10**6, cwd=tmp_path, command=TORCHRUN)
     wait_for(lambda: list(tmp_path.glob("runs/*/args.json")), process)
     time.sleep(2)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(children_of(process)[-1], signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode not in (0, None)
 
@@ -698,7 +734,10 @@ def test_sigterm_through_torchrun(tmp_path):
     wait_for(lambda: len(curves(run_dir)["abs/batch_size"]) > points, again)
     again.terminate()
     output, _ = again.communicate(timeout=60)
-    assert f"continuing at step {step:,}" in output and load(checkpoints(run_dir)[-1])["global_step"] > step
+    checkpoint = load(checkpoints(run_dir)[-1])
+    assert f"continuing at step {step:,}" in output and checkpoint["global_step"] > step
+    for one, other in zip(*checkpoint["random_states"], strict=True):
+        assert not torch.equal(one, other)
     assert_curves_are_whole(run_dir)
 
 
@@ -719,8 +758,7 @@ def test_the_first_process_has_time_to_save(tmp_path):
     process = start(PQN, *SIZE, 10**6, cwd=tmp_path, command=(*TORCHRUN, str(tmp_path / "slow.py")))
     wait_for(lambda: list(tmp_path.glob("runs/*/events*")), process)
     time.sleep(2)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[0]), signal.SIGTERM)
+    os.kill(children_of(process)[0], signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     (run_dir,) = tmp_path.glob("runs/*")
     assert "stopped by a signal" in output and len(checkpoints(run_dir)) == 1

@@ -29,8 +29,8 @@ class Recorder:
     """An EnvPool that keeps what went in and out of it. With `paint`, a function of the observations' shape, it shows the
     script what that returns instead of the game."""
 
-    def __init__(self, pool, paint=None):
-        self.pool, self.paint = pool, paint
+    def __init__(self, pool, options, paint=None):
+        self.pool, self.options, self.paint = pool, options, paint
         self.observations, self.actions, self.rewards, self.terminations, self.dones = [], [], [], [], []
 
     def __getattr__(self, name):
@@ -65,7 +65,9 @@ def record(run_here, monkeypatch, tmp_path):
         recorders = []
         make = envpool.make
         with monkeypatch.context() as patch:
-            patch.setattr(envpool, "make", lambda *a, **k: recorders.append(Recorder(make(*a, **k), paint)) or recorders[-1])
+            patch.setattr(
+                envpool, "make", lambda *a, **k: recorders.append(Recorder(make(*a, **k), k, paint)) or recorders[-1]
+            )
             before = set(tmp_path.glob("runs/*"))
             minibatches = ("--num-minibatches", 2 if script == "gns_batch_atari.py" else 1)  # one has no noise scale
             result = run_here(script, *PLAIN, *minibatches, *arguments)
@@ -87,12 +89,16 @@ def q_values_of(q_network, observations):
 
 
 @scripts
-def test_loss_and_values_are_their_definition(script, record):
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_loss_and_values_are_their_definition(script, minibatches, record):
     """With a learning rate too small to move the weights, every rollout's logged loss is the mean over its real transitions
     of (Q(s, a) - lambda-return)^2: no reset step among them, time limits bootstrapped, lost lives not, nothing shifted."""
+    if script == "gns_batch_atari.py" and minibatches == 1:
+        pytest.skip("one minibatch has no noise scale")
     options = "--env-id Breakout-v5 --episodic-life --max-episode-steps 45 --learning-rate 1e-14 --total-timesteps 2400"
     lengths = "--adapt-signal time --adapt-interval 1 --rollout-smoothing 1 --rollout-length-min 5 --rollout-length-max 24"
-    recorder, scalars, q_network = record(script, *options.split(), *lengths.split(), "--gamma", 0.9, "--q-lambda", 0.7)
+    settings = "--gamma", 0.9, "--q-lambda", 0.7, "--num-minibatches", minibatches
+    recorder, scalars, q_network = record(script, *options.split(), *lengths.split(), *settings)
     q_values = q_values_of(q_network, recorder.observations)
     rewards, terminations, dones = (
         torch.from_numpy(np.array(x)) for x in (recorder.rewards, recorder.terminations, recorder.dones)
@@ -100,19 +106,20 @@ def test_loss_and_values_are_their_definition(script, record):
     taken = q_values[:-1].gather(2, torch.from_numpy(np.array(recorder.actions)).long().unsqueeze(2)).squeeze(2)
     is_reset = torch.cat([torch.zeros(1, 4, dtype=torch.bool), dones[:-1]])
     assert rewards.any() and terminations.any() and (dones & ~terminations).any()
-    begin = 0
+    begin = compared = 0
     for i, length in enumerate(map(int, scalars["abs/rollout_length"])):
         part = slice(begin, begin + length)
         next_values = q_values[begin + 1 : begin + length + 1].max(2).values
         returns = forward_view(rewards[part], terminations[part], dones[part], next_values, 0.9, 0.7)
         real = ~is_reset[part]
         begin += length
-        if script == "gns_batch_atari.py" and not real.all():
-            continue  # with two minibatches, samples of the one with more reset steps count more
+        if minibatches == 2 and not real.all():
+            continue  # samples of the minibatch with more reset steps count more
+        compared += 1
         loss = ((taken[part] - returns) ** 2)[real].mean()
         assert scalars["losses/td_loss"][i] == pytest.approx(float(loss), rel=1e-4)
         assert scalars["losses/q_values"][i] == pytest.approx(float(taken[part][real].mean()), rel=1e-4, abs=1e-6)
-    assert begin == len(rewards) and len(set(scalars["abs/rollout_length"])) > 3
+    assert begin == len(rewards) and len(set(scalars["abs/rollout_length"])) > 3 and compared > 5
 
 
 def patches():
@@ -120,6 +127,41 @@ def patches():
     all states of a game for nearly the same and prefers one action in all of them; between these it tells."""
     rng = np.random.default_rng(0)
     return lambda shape: rng.integers(0, 256, (*shape[:2], 7, 7), dtype=np.uint8).repeat(12, 2).repeat(12, 3)
+
+
+@pytest.mark.parametrize("script", DISTINCT)
+def test_minibatches_are_random_divisions_of_the_rollout(script, record):
+    """Every epoch goes once through the whole rollout, in an order of its own."""
+    seen = []
+
+    def keep(module, inputs):
+        if torch.is_grad_enabled() and type(module).__name__ in ("QNetwork", "Agent"):
+            seen.append([observation.tobytes() for observation in inputs[0].numpy()])
+
+    options = "--no-adapt-rollout --num-steps 6 --num-minibatches 2 --update-epochs 2 --adapt-interval 9 --total-timesteps 24"
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(keep)
+    try:
+        recorder, *_ = record(script, *options.split(), paint=patches())
+    finally:
+        hook.remove()
+    rollout = [observation.tobytes() for observation in np.concatenate(recorder.observations[:6])]
+    assert [len(minibatch) for minibatch in seen] == [12] * 4
+    orders = [[rollout.index(observation) for observation in a + b] for a, b in (seen[:2], seen[2:])]
+    assert all(sorted(order) == list(range(24)) for order in orders)
+    assert orders[0] != orders[1] and list(range(24)) not in orders
+
+
+@pytest.mark.parametrize("script", DISTINCT)
+def test_settings_reach_what_they_set(script, record, monkeypatch):
+    """The games have the seeds of training, the time limit and the stickiness, the gradients the largest norm."""
+    clip, norms = torch.nn.utils.clip_grad_norm_, []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: norms.append(norm) or clip(p, norm))
+    options = "--seed 7 --max-episode-steps 50 --sticky-action-probability 0.25 --episodic-life --max-grad-norm 0.125"
+    recorder, *_ = record(script, *options.split(), *"--no-adapt-rollout --num-steps 4 --total-timesteps 32".split())
+    asked = recorder.options
+    assert asked["env_seed"] == MODULES[script].env_seeds(7, 4)
+    assert (asked["max_episode_steps"], asked["repeat_action_probability"], asked["episodic_life"]) == (50, 0.25, True)
+    assert len(norms) == (4 if script == "gns_batch_atari.py" else 2) and set(norms) == {0.125}
 
 
 @scripts
@@ -187,6 +229,11 @@ def test_actions_are_greedy_but_for_epsilon(script, record):
     recorder, _, _ = record(script, *options, "--start-e", 1, "--end-e", 1)
     counts = np.bincount(np.array(recorder.actions).flatten(), minlength=6)
     assert len(counts) == 6 and counts.min() > 150 and counts.max() < 250  # 200 expected, standard deviation 13
+    recorder, _, q_network = record(script, *options, "--start-e", 0.5, "--end-e", 0.5)  # drawn anew for every step and game
+    greedy = q_values_of(q_network, recorder.observations[:-1]).argmax(2)
+    explored = (greedy.numpy() != np.array(recorder.actions)).reshape(6, 50, 4)
+    for share in (explored.mean(1), explored.mean((0, 2)).reshape(10, 5).mean(1)):
+        assert 0.15 < share.min() and share.max() < 0.7  # 0.42 expected, standard deviation 0.07 and less
 
 
 @pytest.fixture
@@ -211,29 +258,32 @@ def record_tensors(recorder):
 
 
 @ppo_scripts
-def test_ppo_losses_are_their_definition(script, record, sharp_policy):
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_ppo_losses_are_their_definition(script, minibatches, record, sharp_policy):
     """With a learning rate too small to move the weights, ratios are 1, and every rollout's logged losses are means over its
     real transitions: policy loss minus the advantage, value loss half its square, entropy of the policy; time limits are
     bootstrapped, lost lives not, nothing shifted."""
     options = "--env-id Breakout-v5 --episodic-life --max-episode-steps 45 --learning-rate 1e-14 --total-timesteps 2400"
     lengths = "--adapt-signal time --adapt-interval 1 --rollout-smoothing 1 --rollout-length-min 5 --rollout-length-max 24"
-    recorder, scalars, agent = record(
-        script, *options.split(), *lengths.split(), "--gamma", 0.9, "--gae-lambda", 0.7, "--no-norm-adv"
-    )
+    settings = "--gamma", 0.9, "--gae-lambda", 0.7, "--no-norm-adv", "--num-minibatches", minibatches
+    recorder, scalars, agent = record(script, *options.split(), *lengths.split(), *settings)
     policy, values = policy_and_values_of(agent, recorder.observations)
     rewards, terminations, dones, _, is_reset = record_tensors(recorder)
     assert rewards.any() and terminations.any() and (dones & ~terminations).any()
-    entropy, begin = policy.entropy(), 0
+    entropy, begin, compared = policy.entropy(), 0, 0
     assert entropy.mean() < 0.9 * math.log(4)
     for i, length in enumerate(map(int, scalars["abs/rollout_length"])):
         part, shifted = slice(begin, begin + length), slice(begin + 1, begin + length + 1)
+        begin += length
+        if minibatches == 2 and is_reset[part].any():
+            continue  # samples of the minibatch with more reset steps count more
+        compared += 1
         rollout = (rewards[part], values[part], terminations[part], dones[part], values[shifted])
         advantages = explicit_advantages(*rollout, 0.9, 0.7)[~is_reset[part]]
         assert scalars["losses/policy_loss"][i] == pytest.approx(-float(advantages.mean()), rel=1e-4, abs=1e-5)
         assert scalars["losses/value_loss"][i] == pytest.approx(float(advantages.square().mean()) / 2, rel=1e-4)
         assert scalars["losses/entropy"][i] == pytest.approx(float(entropy[part][~is_reset[part]].mean()), rel=1e-4)
-        begin += length
-    assert begin == len(rewards) and len(set(scalars["abs/rollout_length"])) > 3
+    assert begin == len(rewards) and len(set(scalars["abs/rollout_length"])) > 3 and compared > 5
     assert max(map(abs, scalars["losses/approx_kl"])) < 1e-5 and max(scalars["losses/clipfrac"]) == 0
 
 

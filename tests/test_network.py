@@ -1,4 +1,4 @@
-"""The network: size, types, initialisation, and that micro-batches and bfloat16 change nothing that matters."""
+"""The network: size, types, initialisation, what it computes, and that bfloat16 changes nothing that matters."""
 
 import copy
 from functools import partial
@@ -108,15 +108,42 @@ def test_samples_do_not_mix(script):
         torch.testing.assert_close(q_network(obs), together, rtol=1e-5, atol=1e-6)
 
 
+def features(layers, obs, with_layer_norm):
+    """The features after three convolutions and a linear layer, written out with the layers' own weights."""
+    functional, x = torch.nn.functional, obs / 255
+    convolutions = [layer for layer in layers if isinstance(layer, torch.nn.Conv2d)]
+    for layer, stride in zip(convolutions, (4, 2, 1), strict=True):
+        x = functional.conv2d(x, layer.weight, layer.bias, stride)
+        x = (functional.layer_norm(x, x.shape[1:]) if with_layer_norm else x).relu()
+    linear = next(layer for layer in layers if isinstance(layer, torch.nn.Linear))
+    x = functional.linear(x.flatten(1), linear.weight, linear.bias)
+    return functional.layer_norm(x, (512,)) if with_layer_norm else x
+
+
 @scripts
-def test_micro_batches_accumulate_to_the_full_gradient(script):
-    """Chunks of any size, also one that does not divide the minibatch, give the gradient of the whole minibatch."""
-    q_network, obs = network(script), frames(24)
-    actions, returns = torch.arange(24) % 4, torch.linspace(-3, 3, 24)
-    full = backward(q_network, obs, actions, returns, 24)
-    assert full.norm() > 0
-    for chunk in (8, 7, 1):
-        torch.testing.assert_close(backward(q_network, obs, actions, returns, chunk), full, rtol=1e-3, atol=1e-5 * full.norm())
+def test_q_values_written_out(script):
+    """Every layer is followed by LayerNorm, the identity in its parameters at the start, and ReLU."""
+    q_network, obs = network(script), frames(5)
+    linears = [layer for layer in q_network.encoder.modules() if isinstance(layer, torch.nn.Linear)]
+    with torch.no_grad():
+        x = features(list(q_network.encoder), obs, True)
+        if hasattr(script, "MultiSkipMLP"):  # the blocks have tests of their own
+            x = multi_skip(q_network)(x)
+            x = torch.nn.functional.linear(x, linears[-1].weight, linears[-1].bias)
+            x = torch.nn.functional.layer_norm(x, (512,))
+        expected = q_network.head(x.relu())
+        torch.testing.assert_close(q_network(obs), expected, rtol=1e-3, atol=1e-3)
+
+
+@ppo_scripts
+def test_policy_and_value_written_out(script):
+    """Every layer is followed by ReLU; there is no LayerNorm."""
+    network, obs = agent(script), frames(5)
+    with torch.no_grad():
+        x = features(list(network.encoder), obs, False).relu()
+        logits, values = network(obs)
+        torch.testing.assert_close(logits, network.actor(x), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(values, network.critic(x).squeeze(1), rtol=1e-3, atol=1e-4)
 
 
 @scripts

@@ -7,6 +7,7 @@ import math
 import shutil
 
 import cv2
+import envpool
 import pytest
 import torch
 from conftest import DISTINCT, MODULES, ROOT, SCRIPTS, run_script
@@ -309,17 +310,19 @@ def test_speed_options_change_nothing_but_speed(script, start):
 def test_eval_only_computes_as_the_training_did(script, precision, run_here, tmp_path, monkeypatch):
     """On hardware that would choose otherwise, too; a flag still decides."""
     module = MODULES[script]
-    args = module.Args(env_id="Pong-v5", precision=precision)
+    args = module.Args(env_id="Pong-v5", precision=precision, sticky_action_probability=0.25)
     network = next(vars(module)[name] for name in ("QNetwork", "Agent") if hasattr(module, name))(6)
     module.save_model(network, args, 0, tmp_path / "model.pt")
-    used = []
-    autocast = torch.autocast
+    used, games = [], []
+    make, autocast = envpool.make, torch.autocast
+    monkeypatch.setattr(envpool, "make", lambda *a, **k: games.append(k) or make(*a, **k))
     monkeypatch.setattr(torch, "autocast", lambda *arguments: used.append(arguments[1]) or autocast(*arguments))
     command = "--eval-only", "--model", tmp_path / "model.pt", "--eval-episodes", 1, "--max-episode-steps", 20
     assert run_here(script, *command).returncode == 0
     assert used == [torch.bfloat16] * (precision == "bfloat16")
-    assert run_here(script, *command, "--precision", "float32").returncode == 0
+    assert run_here(script, *command, "--precision", "float32", "--sticky-action-probability", 0).returncode == 0
     assert used == [torch.bfloat16] * (precision == "bfloat16")
+    assert [game["repeat_action_probability"] for game in games] == [0.25, 0]
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
     result = run_here(script, *command, "--compile")

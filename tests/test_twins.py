@@ -38,7 +38,7 @@ DIFFERENT = {
         "Args.reference_batch_size Args.log_noise_scale Args.eval_epsilon".split()
     )
     | {"Args # PQN"}
-    | {"main: Network", "main: Storage", "main: Rollout", "main: Targets", "main: Update", "main: Every K-th iteration"}
+    | {"main: Network", "main: Storage", "main: Rollout", "main: Targets", "main: Batch:", "main: Every K-th iteration"}
     | {"main: Adaptive Batch Scaling: how many"},
 }
 MOST_CHANGED_LINES = [
