@@ -29,7 +29,7 @@ fail() {
 }
 distinct() { # the words of $1, each once; $2 is the option they come from
     local words
-    words=$(tr -s ' \t\n' '\n' <<<"$1" | awk 'NF && !seen[$0]++' | xargs)
+    words=$(tr -s ' \t\n' '\n' <<<"$1" | awk 'NF && !seen[$0]++' | paste -sd' ' -)
     [ -n "$words" ] || fail "$2 needs a value; see --help"
     echo "$words"
 }

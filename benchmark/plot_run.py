@@ -18,6 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every run that was continued
@@ -43,18 +44,10 @@ def can_write(folder):
         return False
 
 
-def trailing_mean(values, window=100):
-    """Mean of each value and the window - 1 before it (fewer at the start)."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
-
-
 def table(scalars):
     """Rows of (step, return, rollout length, divergence, mean divergence), one per iteration; None where not measured."""
     game_steps, game_returns = scalars.get("charts/episodic_return", (np.array([]), np.array([])))
-    returns = trailing_mean(game_returns)
+    returns = pd.Series(game_returns).rolling(100, min_periods=1).mean().to_numpy()
     divergence = {
         name: dict(zip(*scalars.get(name, ((), ())), strict=True)) for name in ("abs/divergence", "abs/divergence_mean")
     }

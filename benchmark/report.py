@@ -139,6 +139,14 @@ def read_json(path):
         return None, f"{path.name} is damaged"
 
 
+def is_evaluation(content):
+    """Whether an eval.json holds what is read of it."""
+    if not isinstance(content, dict) or "episodes" not in content or "mean" not in content:
+        return False
+    numbers = content["mean"], content["episodes"], content.get("human_normalized_score") or 0  # None: not one of the 57 games
+    return all(isinstance(x, int | float) for x in numbers)
+
+
 def windowed_means(steps, values, grid, window):
     """Mean of the values at steps in (g - window, g] for every g of the grid, NaN where there are none."""
     order = np.argsort(steps, kind="stable")
@@ -187,9 +195,9 @@ def read_run(folder, window=0.02, points=200):
         written = datetime.fromtimestamp(written).strftime("%Y-%m-%d %H:%M")
         note = f"step {step:,} of {total:,} ({step / total:.0%}), last event {written}"
         row |= {"state": "unfinished", "note": note}
-    elif error or not isinstance(evaluation, dict) or not isinstance(evaluation.get("mean"), int | float):
+    elif error or not is_evaluation(evaluation):
         end = "trained to the end" if (folder / "model.pt").exists() else "trained to the end or nearly so"
-        row |= {"state": "not evaluated", "note": f"{end}, but {error or 'eval.json holds no mean'}"}
+        row |= {"state": "not evaluated", "note": f"{end}, but {error or 'eval.json holds no mean score of so many episodes'}"}
     else:
         row["state"] = "finished"
         row |= {"score": evaluation["mean"], "hns": evaluation.get("human_normalized_score")}
@@ -291,6 +299,7 @@ def read_runs(paths, window, jobs, out=None):
     runs["variant"] = pd.Series(names, index=readable, dtype=object)
 
     # Of several runs of one variant, game and seed the newest finished one counts, else the newest one
+    runs["own_state"] = runs["state"]
     times = runs["folder"].str.extract(r"__(\d+)/*$")[0].astype(float).fillna(0)
     best_first = runs.assign(time=times, finished=runs["state"] == "finished").sort_values(["finished", "time"], kind="stable")
     for _, same in best_first.iloc[::-1].dropna(subset="variant").groupby(["variant", "env_id", "seed"]):
@@ -429,17 +438,17 @@ def aggregates(scored, variants, reps):
     return pd.DataFrame(rows), notes
 
 
-def profiles(scored, variants, reps, points=201):
-    """profiles.csv."""
+def profiles(scored, variants, reps):
+    """profiles.csv: a line for every score, where the profiles have their steps."""
     _, compared, common = shared_games(scored, variants)
     if not common:
         return pd.DataFrame()
     scores = {v: score_matrix(scored, v, common)[0] for v in compared}
     ends = np.concatenate([x.ravel() for x in scores.values()])
-    thresholds = np.linspace(min(0, ends.min()), max(1, ends.max()), points)
+    thresholds = np.unique([min(0, ends.min()), *ends])
     tables = []
     for variant, x in scores.items():
-        shares = estimate(x, lambda x: (x[..., None] > thresholds).mean(axis=(0, 1)), min(reps, 300))
+        shares = estimate(x, lambda x: (x[..., None] > thresholds).mean(axis=(0, 1)), reps)
         columns = {"variant": variant, "seeds": len(x), "games": len(common), "hns": thresholds}
         tables.append(pd.DataFrame(columns | dict(zip(("share", "share_low", "share_high"), shares, strict=True))))
     return pd.concat(tables)
@@ -599,7 +608,7 @@ def draw_curve(axis, curves, runs, column, reps, style):
         if column == "episodic_return":
             values = values[ended.apply(gap_sizes) <= LONGEST_GAP * len(ended)]
         values = values.to_numpy().T[:, None]
-        mean, low, high = estimate(values, lambda x: np.mean(x, axis=(0, 1)), min(reps, 300))
+        mean, low, high = estimate(values, lambda x: np.mean(x, axis=(0, 1)), min(reps, CURVE_REPS))
         millions = ended.index / 1e6
         axis.plot(millions, mean, markevery=0.2, **style)
         axis.fill_between(millions, low, high, color=style["color"], alpha=0.2, linewidth=0)
@@ -612,10 +621,11 @@ def draw_curve(axis, curves, runs, column, reps, style):
     return len(ended.columns), len(running.columns)
 
 
+CURVE_REPS = 300  # at most: an interval for every point of every curve
 CURVE_NOTE = (
     "Agent steps (millions). Line: mean over runs that ended, where all of them have a value; "
     "shading: its 95 % bootstrap interval\n"
-    f"(2 seeds or more; from fewer than {FEW_SEEDS} too narrow, from 2 it is their range)"
+    f"({CURVE_REPS} replications; 2 seeds or more; from fewer than {FEW_SEEDS} too narrow, from 2 it is their range)"
 )
 RUNNING_NOTE = "; thin line that ends in a cross: one run that has not ended"
 UNBOUNDED_NOTE = "; a gap: no bound to the noise scale"
@@ -726,7 +736,7 @@ def profile_figure(profile):
     handles = []
     for i, (variant, own) in enumerate(profile.groupby("variant", sort=False)):
         label = f"{variant} ({seeds_text(own['seeds'])})"
-        handles += axis.step(own["hns"], own["share"], where="post", markevery=(5 * i, 40), label=label, **style_of(i))
+        handles += axis.step(own["hns"], own["share"], where="post", markevery=(0.02 * i, 0.2), label=label, **style_of(i))
         axis.fill_between(
             own["hns"], own["share_low"], own["share_high"], step="post", color=style_of(i)["color"], alpha=0.15, linewidth=0
         )
@@ -887,6 +897,14 @@ def find_warnings(runs, finished, scored, variants):
     if len(diverged):
         names = "; ".join(f"{v} ({runs_word(n)})" for v, n in diverged["variant"].value_counts().items())
         lines.append(f"Diverged and without a score, so that the scores are those of the runs that did not: {names}.")
+    replaced = runs[runs["variant"].notna() & (runs["state"] == "duplicate")]
+    for state, meaning in (
+        ("diverged", "Begun again after they diverged, so that the scores are selected ones"),
+        ("finished", "Finished more than once with the same settings and seed; the newest counts, and these do not"),
+    ):
+        own = replaced[replaced["own_state"] == state]
+        if len(own):
+            lines.append(f"{meaning}: {', '.join(own['run'])}.")
     again = finished[finished["diverged_before"].astype(bool)]
     if len(again):
         lines.append(
@@ -1029,7 +1047,7 @@ def write_report(folder, runs, variants, tables, figures, notes, reps, window):
     own = runs[runs["state"] == "finished"]
     rows = [[r["run"], r["variant"], game_name(r["env_id"]), int(r["seed"]), number(r["score"])] for _, r in own.iterrows()]
     lines += ["Finished:", "", markdown(["run", "variant", "game", "seed", "score"], rows), ""] if rows else []
-    (folder / "report.md").write_text("\n".join(lines))
+    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def main():
@@ -1043,7 +1061,7 @@ def main():
     if args.reps < 1 or args.jobs < 1 or not 0 < args.window <= 1:
         sys.exit("error: --reps and --jobs must be 1 or more, and --window in (0, 1]")
     earlier = args.out / "report.md"
-    earlier = earlier.read_text(errors="replace") if earlier.is_file() else ""
+    earlier = earlier.read_text(encoding="utf-8", errors="replace") if earlier.is_file() else ""
     if args.out.exists() and (not args.out.is_dir() or (any(args.out.iterdir()) and not earlier.startswith("# Report\n"))):
         sys.exit(f"error: {args.out} exists and is no earlier report; choose another --out")
     parent = next(p for p in [args.out.resolve(), *args.out.resolve().parents] if p.exists())

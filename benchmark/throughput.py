@@ -2,22 +2,23 @@
 
     python benchmark/throughput.py                                            # pqn_abs_atari.py on this machine
     python benchmark/throughput.py --peer ../cleanrl/pqn_atari_envpool.py     # and CleanRL's in turn: see cleanrl_pqn.sed
-    python benchmark/throughput.py --scripts *_atari.py --lengths moving      # all scripts, as they run by default
+    python benchmark/throughput.py --scripts *_atari.py --lengths moving      # all scripts, a measurement at every iteration
     python benchmark/throughput.py --flags= --flags=--compile --flags="--compile --precision float32"    # three ways, in turn
 
-Every line is a training run of its own process with the same number of samples and updates (128 environments, 4 minibatches, 2
-epochs, with PPO 4), timed by the wall clock between its TensorBoard points: emulation, inference, learning and logging are all
-in it, the first quarter of the run is not. Speed is the median over windows of some 8,192 steps; lowest and highest are their
-range. Runs of ours and of the peer alternate. Emulation, inference and learning are shares of the time, as the script logs
-them: waiting for the emulator; acting and storing; everything else. Prints a table and writes it as CSV, which is written anew
-after every run, so that a benchmark that is cut short leaves what it has measured.
+Every line is a training run of its own process with the same number of samples and epochs (128 environments, 4 minibatches, 2
+epochs, with PPO 4), and so of updates where the length is the same. It is timed by the wall clock between its TensorBoard
+points: emulation, inference, learning and logging are all in it, the first quarter of the run is not. Speed is the median over
+windows of some 8,192 steps; lowest and highest are their range. EnvPool alone, our runs and the peer's alternate. Emulation,
+inference and learning are shares of the time, as the script logs them: waiting for the emulator; acting and storing;
+everything else. Prints a table and writes it as CSV, which is written anew after every run, so that a benchmark that is cut
+short leaves what it has measured.
 """
 
 import argparse
 import csv
 import itertools
-import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from pqn_abs_atari import granted_cores  # noqa: E402
+from pqn_abs_atari import atari_ids, granted_cores  # noqa: E402
 
 FIELDS = "name steps_per_second lowest highest windows of_emulator emulation inference learning peak_memory_gib".split()
 
@@ -58,13 +59,13 @@ def measure_envpool(env_id, num_envs, num_threads, seconds, warmup):
 def run_script(command):
     """Runs a training script to its end in a folder of its own.
 
-    Returns (speeds of the windows, shares of emulation, inference and learning or None, peak resident memory in GiB).
+    Returns (speeds of the windows, shares of emulation, inference and learning or None, peak resident memory in GiB or None).
     """
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
-        process, peak_memory = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log), 0.0
+        process, peak_memory = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log), None
         while process.poll() is None:
             time.sleep(0.5)
-            peak_memory = max(peak_memory, resident_memory(process.pid))
+            peak_memory = peak_memory_so_far(process.pid) or peak_memory
         if process.returncode:
             log.seek(0)
             sys.exit(f"error: {shlex.join(command)} ended with {process.returncode}:\n{log.read()[-2000:]}")
@@ -85,12 +86,13 @@ def run_script(command):
     return speeds, shares, peak_memory
 
 
-def resident_memory(pid):
-    """Resident memory of a process in GiB, 0 where /proc does not tell."""
+def peak_memory_so_far(pid):
+    """Largest resident memory of a process in GiB, None where /proc does not tell (it has ended, or this is not Linux)."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        return int(found[1]) / 2**20 if found else None
     except OSError:
-        return 0.0
+        return None
 
 
 def main():
@@ -111,16 +113,20 @@ def main():
     needed = max(4 * 8192, *(2 * 128 * int(n) for n in args.lengths if n.isdigit()), 0)
     if args.steps < needed:
         sys.exit(f"error: --steps {args.steps} is too few for a window of two rollouts; use {needed} or more")
-    if args.env_id not in envpool.list_all_envs():
-        sys.exit(f"error: --env-id {args.env_id} is unknown; use one of EnvPool's, such as Breakout-v5")
+    if args.env_id not in atari_ids():
+        sys.exit(f"error: --env-id {args.env_id} is not one of EnvPool's Atari games; use one, such as Breakout-v5")
     for path in [ROOT / script for script in args.scripts] + [args.peer] * bool(args.peer):
         if not path.is_file():
             sys.exit(f"error: there is no script {path}")
+    epochs = {4 if Path(script).name.startswith("ppo_") else 2 for script in args.scripts}  # their defaults
+    if args.peer and len(epochs) > 1:
+        sys.exit(
+            "error: --peer gets the number of epochs of our scripts, and PPO has another; measure it in a call of its own"
+        )
     if args.out.is_dir() or not can_write(args.out.resolve().parent):
         sys.exit(f"error: cannot write {args.out}; choose a file in a folder that exists and that you may write to")
 
     cores = granted_cores()
-    emulator = measure_envpool(args.env_id, 128, min(cores, 128), seconds=20, warmup=3)
     common = f"--env-id {args.env_id} --num-envs 128 --num-minibatches 4 --total-timesteps {args.steps}"
     commands = {}
     for script, more_flags in itertools.product(args.scripts, args.flags or [""]):
@@ -136,10 +142,11 @@ def main():
             commands[name] = [sys.executable, str(ROOT / script), *flags]
     if args.peer:
         peer_name = f"peer {args.peer.name}, L = 32"
-        common += " --update-epochs 2 --num-steps 32"
+        common += f" --update-epochs {min(epochs)} --num-steps 32"
         commands[peer_name] = [sys.executable, str(args.peer.resolve()), *shlex.split(common)]
-    runs = {name: [] for name in commands}
+    emulator, runs = [], {name: [] for name in commands}
     for i in range(args.rounds):
+        emulator += measure_envpool(args.env_id, 128, min(cores, 128), seconds=10, warmup=3)
         for name, command in commands.items():
             runs[name].append(run_script(command))
             print(f"round {i + 1} of {args.rounds}: {name}: {np.median(runs[name][-1][0]):.0f} steps/s", flush=True)
@@ -166,7 +173,8 @@ def table(emulator, runs):
             speeds = [speed for r in results for speed in r[0]]
             shares = [r[1] for r in results if r[1]]
             mean_shares = np.mean(shares, axis=0) if shares else None
-            rows.append(row(name, speeds, rate, mean_shares, max(r[2] for r in results)))
+            peaks = [r[2] for r in results if r[2]]
+            rows.append(row(name, speeds, rate, mean_shares, max(peaks, default=None)))
     return rows
 
 

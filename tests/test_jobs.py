@@ -144,6 +144,8 @@ def test_flags_that_no_variant_sets(monkeypatch):
         (("--seeds", "4294967296"), "4294967295"),
         (("--scripts", "*"), "'*'"),
         (("--games", " "), "needs a value"),
+        (("--games", "Pong'"), "'Pong''"),
+        (("--seeds", "1 \\"), "4294967295, not '\\'"),
         (("--", "--seed", "5"), "--seeds"),
         (("--", "--total_timesteps=99"), "--budget"),
         (("--", "--num-steps", "16"), "'fixed'"),
@@ -229,11 +231,13 @@ def test_slurm_requeues_what_has_saved_at_the_limit(tmp_path, program, event, af
 
 
 @pytest.mark.parametrize(
-    "task, file, help", [("", "jobs.txt", "--array"), ("1", "none.txt", "none.txt"), ("9", "jobs.txt", "line 9")]
+    "task, file, help",
+    [("", "jobs.txt", "--array"), ("1", "none.txt", "none.txt")]
+    + [(n, "jobs.txt", f"line {n}") for n in "239"],  # `env` of nothing would print the environment into the log
 )
 def test_slurm_without_a_job(tmp_path, task, file, help):
     """One line and exit code 2."""
-    (tmp_path / "jobs.txt").write_text("true\n")
+    (tmp_path / "jobs.txt").write_text("true\n  \n # seed 1\ntrue\n")
     command = ["bash", str(ROOT / "benchmark" / "slurm_array.sh"), file]
     result = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"SLURM_ARRAY_TASK_ID": task}, capture_output=True, text=True, timeout=60

@@ -1,6 +1,7 @@
 """benchmark/report.py on made-up runs whose statistics are known, and on runs that are missing, broken, mixed or double."""
 
 import dataclasses
+import importlib
 import json
 import math
 import re
@@ -143,7 +144,15 @@ def test_profiles(study):
         else:
             assert (own["share_low"] <= own["share"]).all() and (own["share"] <= own["share_high"]).all()
             half = own[own["share"] == 0.5]
-            assert len(half) > 20 and (half["share_low"] < 0.5).all() and (half["share_high"] > 0.5).all()
+            assert len(half) and (half["share_low"] < 0.5).all() and (half["share_high"] > 0.5).all()
+
+
+def test_profiles_of_games_far_apart():
+    """One score of 200 times the human's takes no detail from the others."""
+    scored = pd.DataFrame({"variant": "x", "env_id": ["Pong-v5", "VideoPinball-v5"] * 2, "seed": [1, 1, 2, 2]})
+    scored["hns"] = [0.5, 200.0, 0.7, 0.6]
+    rows = report.profiles(scored, ["x"], 50)
+    assert rows["hns"].tolist() == [0, 0.5, 0.6, 0.7, 200] and rows["share"].tolist() == [1, 0.75, 0.5, 0.25, 0]
 
 
 def test_comparisons(study):
@@ -269,13 +278,19 @@ def test_doubtful_runs_are_named(tmp_path):
     null_score = make_run(runs, "Pong", 9)
     (null_score / "eval.json").write_text('{"mean": null}')
     (null_score / "model.pt").touch()
+    (other_score := make_run(runs, "Pong", 11) / "eval.json").write_text('{"mean": 1.0, "human_normalized_score": 0.1}')
     double = make_run(runs, "Pong", 1, steps=30_000, at=50)  # begun again after the sound one
+    lost = make_run(runs, "Pong", 5, steps=40_000, at=-50, source="b" * 12)
+    with SummaryWriter(str(lost)) as writer:
+        writer.add_scalar("losses/td_loss", math.nan, 42_000)
     make_report(runs, tmp_path / "report")
     scores = pd.read_csv(tmp_path / "report" / "scores.csv").set_index("run")
     states = scores.state.to_dict()
     for run, state in [(r, "finished") for r in (*sound, other_version)] + [
         (older, "duplicate"),
         (double, "duplicate"),
+        (lost, "duplicate"),
+        (other_score.parent, "not evaluated"),
         (unfinished, "unfinished"),
         (diverged, "diverged"),
         (empty, "unreadable"),
@@ -290,7 +305,14 @@ def test_doubtful_runs_are_named(tmp_path):
     for run in (older, unfinished, diverged, empty, damaged, no_score, double, other_version):
         assert run.name in text
     assert f"{no_score.name} | not evaluated | trained to the end or nearly so, but no eval.json" in text
-    assert f"{null_score.name} | not evaluated | trained to the end, but eval.json holds no mean" in text
+    assert (
+        f"{null_score.name} | not evaluated | trained to the end, but eval.json holds no mean score of so many episodes"
+        in text
+    )
+    assert f"Begun again after they diverged, so that the scores are selected ones: {lost.name}." in text
+    assert (
+        f"Finished more than once with the same settings and seed; the newest counts, and these do not: {older.name}." in text
+    )
     assert re.search(r"step 4\d,\d{3} of 100,000 \(4\d%\)", text)  # how far the unfinished one has come
     (mixed,) = [line for line in text.splitlines() if "Mixed versions" in line]
     assert "b" * 12 in mixed and other_version.name in mixed
@@ -614,6 +636,8 @@ def test_alike_and_cut_games_are_named(tmp_path):
         ("--rounds", 0),
         ("--lengths", "x"),
         ("--env-id", "No-v5"),
+        ("--env-id", "Ant-v5"),
+        ("--peer", ROOT / "pqn_abs_atari.py", "--scripts", "pqn_abs_atari.py", "ppo_abs_atari.py"),
         ("--out", "/proc/a/b"),
     ],
     ids=lambda options: " ".join(map(str, options)),
@@ -660,6 +684,30 @@ def test_throughput_compares_flags(monkeypatch, tmp_path):
     script = "pqn_abs_atari.py, L = 32"
     assert names == ["EnvPool, random actions", script, f"{script}, --compile", f"{script}, --precision float32"]
     assert [c[-1] for c in commands] == 2 * ["32", "--compile", "float32"]
+
+
+def test_throughput_gives_the_peer_as_many_epochs(monkeypatch, tmp_path):
+    """As the script beside it has by default; the emulator alone is measured in every round."""
+    commands, emulator = [], []
+    monkeypatch.setattr(throughput, "run_script", lambda command: commands.append(command) or ([100.0, 200.0], None, None))
+    monkeypatch.setattr(throughput, "measure_envpool", lambda *arguments, **options: emulator.append(1) or [1000.0])
+    for script in ("pqn_abs_atari.py", "ppo_abs_atari.py"):
+        options = ["--scripts", script, "--peer", str(ROOT / script), "--lengths", "32", "--out", str(tmp_path / "speed.csv")]
+        monkeypatch.setattr(sys, "argv", ["throughput.py", *options])
+        throughput.main()
+        epochs = importlib.import_module(script.removesuffix(".py")).Args.update_epochs
+        assert f"--update-epochs {epochs} --num-steps 32" in " ".join(commands[-1])
+    assert len(emulator) == 4 and pd.read_csv(tmp_path / "speed.csv")["peak_memory_gib"].isna().all()
+
+
+def test_throughput_reads_the_peak_of_memory():
+    """Also where it is past."""
+    command = "b = bytearray(2**27); del b; print(flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    assert throughput.peak_memory_so_far(process.pid) > 2**27 / 2**30
+    process.communicate(b"\n")
+    assert throughput.peak_memory_so_far(process.pid) is None
 
 
 def test_throughput_knows_the_longest_rollout(monkeypatch, tmp_path):
