@@ -1092,7 +1092,8 @@ class CUDAGraphed:
     other shapes runs plainly (the warm-up), the second records a graph, and later ones replay it.
 
     Only the graph of the latest shapes is kept, since each graph holds memory of its own and shapes change with the rollout
-    length, once per adaptation at most. What the one before held is given back when the next is recorded.
+    length, once per adaptation at most. It has a stream of its own and goes before the next warm-up: with a graph, PyTorch
+    frees the cuBLAS workspace of its stream, whoever else uses that (PyTorch issue 193402).
 
     A recorded compute_gradient writes into the p.grad tensors that it left when recorded. Between its calls nothing may
     replace them or set them to None, as optimizer.zero_grad() would; it does so itself only when run plainly or recorded.
@@ -1107,7 +1108,7 @@ class CUDAGraphed:
             self.shapes, self.recorded = shapes, None
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                output = self.function(*(x.clone() for x in inputs))  # as when recorded: torch.compile guards on offsets
+                output = self.function(*(x.clone() for x in inputs))  # copies, as when it is recorded
             torch.cuda.current_stream().wait_stream(self.stream)
             return output
         if self.recorded is None:
