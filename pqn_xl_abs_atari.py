@@ -1145,8 +1145,8 @@ class CUDAGraphed:
     other shapes runs plainly (the warm-up), the second records a graph, and later ones replay it.
 
     Only the graph of the latest shapes is kept, since each graph holds memory of its own and shapes change with the rollout
-    length, once per adaptation at most. It has a stream of its own and goes before the next warm-up: with a graph, PyTorch
-    frees the cuBLAS workspace of its stream, whoever else uses that (PyTorch issue 193402).
+    length, once per adaptation at most. It has a stream of its own and is dropped before the next warm-up: when a graph is
+    destroyed, PyTorch frees the cuBLAS workspace of its stream, also where another graph uses that (PyTorch issue 193402).
 
     A recorded compute_gradient writes into the p.grad tensors that it left when recorded. Between its calls nothing may
     replace them or set them to None, as optimizer.zero_grad() would; it does so itself only when run plainly or recorded.

@@ -197,7 +197,10 @@ def read_run(folder, window=0.02, points=200):
         row |= {"state": "unfinished", "note": note}
     elif error or not is_evaluation(evaluation):
         end = "trained to the end" if (folder / "model.pt").exists() else "trained to the end or nearly so"
-        row |= {"state": "not evaluated", "note": f"{end}, but {error or 'eval.json holds no mean score of so many episodes'}"}
+        row |= {
+            "state": "not evaluated",
+            "note": f"{end}, but {error or 'eval.json lacks the mean or the number of episodes'}",
+        }
     else:
         row["state"] = "finished"
         row |= {"score": evaluation["mean"], "hns": evaluation.get("human_normalized_score")}
@@ -899,7 +902,10 @@ def find_warnings(runs, finished, scored, variants):
         lines.append(f"Diverged and without a score, so that the scores are those of the runs that did not: {names}.")
     replaced = runs[runs["variant"].notna() & (runs["state"] == "duplicate")]
     for state, meaning in (
-        ("diverged", "Begun again after they diverged, so that the scores are selected ones"),
+        (
+            "diverged",
+            "Diverged, but another run of the same settings and seed counts instead, so that the scores are selected ones",
+        ),
         ("finished", "Finished more than once with the same settings and seed; the newest counts, and these do not"),
     ):
         own = replaced[replaced["own_state"] == state]
@@ -1081,7 +1087,7 @@ def main():
         folder = Path(temporary) / "report"
         folder.mkdir()  # with the usual permissions, which copytree copies
         csvs = {
-            "scores": runs.astype(dict.fromkeys(("seed", "step", "total_timesteps"), "Int64")),
+            "scores": runs.drop(columns="own_state").astype(dict.fromkeys(("seed", "step", "total_timesteps"), "Int64")),
             "games": games,
             "aggregates": totals,
             "improvement": by_game,

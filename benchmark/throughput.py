@@ -8,8 +8,8 @@
 Every line is a training run of its own process with the same number of samples and epochs (128 environments, 4 minibatches, 2
 epochs, with PPO 4), and so of updates where the length is the same. It is timed by the wall clock between its TensorBoard
 points: emulation, inference, learning and logging are all in it, the first quarter of the run is not. Speed is the median over
-windows of some 8,192 steps; lowest and highest are their range, and mean is all their steps over all their time, in which a
-pause counts that the median does not see, such as a compilation. EnvPool alone, our runs and the peer's alternate. Emulation,
+windows of some 8,192 steps; lowest and highest are their range, mean is their harmonic mean, in which a pause counts that the
+median does not see, such as a compilation. EnvPool alone, our runs and the peer's alternate. Emulation,
 inference and learning are shares of the time, as the script logs them: waiting for the emulator; acting and storing;
 everything else. Prints a table and writes it as CSV, which is written anew after every run, so that a benchmark that is cut
 short leaves what it has measured.
@@ -181,7 +181,7 @@ def table(emulator, runs):
 
 def row(name, speeds, rate, shares=None, memory=None):
     median = float(np.median(speeds))
-    mean = len(speeds) / sum(1 / speed for speed in speeds)  # windows have as many steps each, or nearly so
+    mean = len(speeds) / sum(1 / speed for speed in speeds)  # windows are of steps, not of time
     cells = [name, *map(round, (median, min(speeds), max(speeds), mean)), len(speeds), round(median / rate, 3)]
     cells += ["", "", ""] if shares is None else [round(float(s), 3) for s in shares]
     return dict(zip(FIELDS, [*cells, "" if memory is None else round(memory, 2)], strict=True))

@@ -58,7 +58,10 @@ def interrupt(script, folder, *arguments, after=1):
 
 def children_of(process):
     """Process ids of the children, the oldest first."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")  # of Linux, where pgrep may be missing
+    pgrep = ["pgrep", "-P", str(process.pid)]
+    found = children.read_text() if children.exists() else subprocess.run(pgrep, capture_output=True, text=True).stdout
+    return [int(pid) for pid in found.split()]
 
 
 def checkpoints(run_dir):

@@ -234,6 +234,8 @@ def test_actions_are_greedy_but_for_epsilon(script, record):
     explored = (greedy.numpy() != np.array(recorder.actions)).reshape(6, 50, 4)
     for share in (explored.mean(1), explored.mean((0, 2)).reshape(10, 5).mean(1)):
         assert 0.15 < share.min() and share.max() < 0.7  # 0.42 expected, standard deviation 0.07 and less
+    assert explored.any(2).mean() > 0.75  # 0.88 expected, 0.48 if all games explored at once
+    assert (explored[0] != explored[1]).mean() > 0.35  # 0.49 expected, 0.28 if all rollouts explored at the same steps
 
 
 @pytest.fixture

@@ -306,10 +306,11 @@ def test_doubtful_runs_are_named(tmp_path):
         assert run.name in text
     assert f"{no_score.name} | not evaluated | trained to the end or nearly so, but no eval.json" in text
     assert (
-        f"{null_score.name} | not evaluated | trained to the end, but eval.json holds no mean score of so many episodes"
+        f"{null_score.name} | not evaluated | trained to the end, but eval.json lacks the mean or the number of episodes"
         in text
     )
-    assert f"Begun again after they diverged, so that the scores are selected ones: {lost.name}." in text
+    words = "Diverged, but another run of the same settings and seed counts instead, so that the scores are selected ones"
+    assert f"{words}: {lost.name}." in text
     assert (
         f"Finished more than once with the same settings and seed; the newest counts, and these do not: {older.name}." in text
     )
@@ -701,6 +702,7 @@ def test_throughput_gives_the_peer_as_many_epochs(monkeypatch, tmp_path):
     assert len(emulator) == 4 and pd.read_csv(tmp_path / "speed.csv")["peak_memory_gib"].isna().all()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_throughput_reads_the_peak_of_memory():
     """Also where it is past."""
     command = "b = bytearray(2**27); del b; print(flush=True); input()"
