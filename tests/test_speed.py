@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import platform
+import re
 import runpy
 import subprocess
 import sys
@@ -257,6 +258,19 @@ def test_scripts_keep_freed_memory(script, run_here, monkeypatch):
         patch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *a: calls.append(a)))
         assert run_here(script, "--eval-only", "--model", "none.pt", "--device", "cpu").returncode == 2
     assert calls == [(-3, 2**25), (-1, 2**31 - 1)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch for Linux brings GNU's OpenMP, others have others")
+@pytest.mark.parametrize("script", ["pqn_abs_atari", "ppo_abs_atari", "gns_batch_atari"])
+def test_idle_threads_wait_less(script):
+    """OpenMP, which reads its settings when it is loaded, has the script's; one that the environment sets stands instead."""
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | {
+        "OMP_DISPLAY_ENV": "VERBOSE"
+    }
+    for extra, count in (({}, 30_000), ({"GOMP_SPINCOUNT": "7"}, 7)):
+        command = [sys.executable, "-c", f"import {script}"]
+        result = subprocess.run(command, cwd=ROOT, env=environment | extra, capture_output=True, text=True, check=True)
+        assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", result.stderr) == [str(count)]
 
 
 @pytest.mark.skipif(not pqn.compiler_is_there(torch.device("cpu")), reason="torch.compile needs a C++ compiler")

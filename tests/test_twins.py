@@ -69,7 +69,7 @@ def passages(script):
                     if lines[number - 1].startswith("    # "):
                         cuts.append((number, f"Args {lines[number - 1].strip()}"))
         elif isinstance(node, ast.Assign):
-            cuts.append((first, node.targets[0].id))
+            cuts.append((first, ast.unparse(node.targets[0])))
         elif isinstance(node, ast.Expr) and first < 40:
             cuts += [(first, "docstring"), (node.end_lineno + 1, "imports")]
         elif isinstance(node, ast.If):
