@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import report  # noqa: E402
 
 STUDY = ROOT / "benchmark" / "results" / "2026-11-21"
-MAIN, DETAILS, SPEED = (path.read_text() for path in (ROOT / "README.md", STUDY / "README.md", ROOT / "docs" / "speed.md"))
+MAIN, DETAILS = (ROOT / "README.md").read_text(), (STUDY / "README.md").read_text()
+SPEED, EVIDENCE = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("speed", "evidence"))
 BUDGET = 1_500_000
 GAMES = ["Pong-v5", "Breakout-v5"]
 ABS, CLOCK = "PQN ABS 16-64", "PQN time 16-64"
@@ -34,13 +35,15 @@ compared = pd.read_csv(STUDY / "report_complete" / "comparisons.csv").set_index(
 measured = dict(list(pd.read_csv(STUDY / "measurements.csv").groupby("run")))
 curves = dict(list(pd.read_csv(STUDY / "report" / "curves.csv").groupby("run")))
 
-# Seed 3 of five variants, run later
-THIRD = ROOT / "benchmark" / "results" / "2026-11-26-seed-3"
-THIRD_TEXT = (THIRD / "README.md").read_text()
-THREE = (ABS, CLOCK, *FIXED)
-third = pd.read_csv(THIRD / "report" / "scores.csv").set_index(KEY).sort_index()
-third_runs = dict(list(pd.read_csv(THIRD / "measurements.csv").groupby("run")))
-third_curves = dict(list(pd.read_csv(THIRD / "report" / "curves.csv").groupby("run")))
+# Further seeds of some variants, run later
+LATER = {seed: ROOT / "benchmark" / "results" / f"2026-11-26-seed-{seed}" for seed in (3, 4)}
+LATER_TEXT = {seed: (folder / "README.md").read_text() for seed, folder in LATER.items()}
+FIVE = (ABS, CLOCK, *FIXED)
+later = pd.concat([pd.read_csv(folder / "report" / "scores.csv") for folder in LATER.values()]).set_index(KEY).sort_index()
+later_runs, later_curves = (
+    dict(list(pd.concat([pd.read_csv(folder / name) for folder in LATER.values()]).groupby("run")))
+    for name in ("measurements.csv", "report/curves.csv")
+)
 
 
 def assert_says(text, words, *values):
@@ -92,14 +95,24 @@ def hns(*variants):
     return np.array([sum((runs[v, game] for v in variants), []) for game in GAMES]).T
 
 
-def pooled(variant):
-    """Human-normalised scores (seeds, games) of the study and, where there is one, of the third seed."""
-    return np.vstack([hns(variant), *([[third.hns[variant, game, 3] for game in GAMES]] if variant in THREE else [])])
+def further_seeds(variant):
+    """Seeds with which the variant ran later."""
+    return [seed for seed in LATER if (variant, GAMES[0], seed) in later.index]
 
 
-def third_run(variant, game):
+def pooled(variant, seeds):
+    """Human-normalised scores (seeds, games) of the study and of these further seeds."""
+    return np.vstack([hns(variant), *([later.hns[variant, game, seed] for game in GAMES] for seed in seeds)])
+
+
+def paired(variant):
+    """Human-normalised scores of ABS and of the variant, over the seeds that both have."""
+    return pooled(ABS, further_seeds(variant)), pooled(variant, further_seeds(variant))
+
+
+def later_run(variant, game, seed):
     """Its measurements."""
-    return third_runs[third.run[variant, game, 3]]
+    return later_runs[later.run[variant, game, seed]]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -109,12 +122,12 @@ def test_scores(name):
     values = [own.score[game, seed] for game in GAMES for seed in (1, 2)]
     errors = [own.score_std_over_games[game, seed] / 99**0.5 for game in GAMES for seed in (1, 2)]
     assert set(own["eval_episodes"]) == {100}
-    three = [
-        [*values[i : i + 2], *([third.score[ROWS[name], game, 3]] if ROWS[name] in THREE else [])]
+    pong, breakout = (
+        [*values[i : i + 2], *(later.score[ROWS[name], game, seed] for seed in further_seeds(ROWS[name]))]
         for i, game in ((0, GAMES[0]), (2, GAMES[1]))
-    ]
-    cell = ", ".join(["{}"] * len(three[0]))
-    assert_says(row_of(MAIN, name), f"| {name} | {cell} | {cell} |", *three[0], *three[1])
+    )
+    cell = ", ".join(["{}"] * len(pong))
+    assert_says(row_of(MAIN, name), f"| {name} | {cell} | {cell} |", *pong, *breakout)
     row = re.sub(r" \([-\d.]+\)", "", row_of(DETAILS, name))  # without the greedy scores
     assert_says(row, f"| {name}" + " | {} ± {}" * 4 + " |", *sum(zip(values, errors, strict=True), ()))
 
@@ -122,7 +135,8 @@ def test_scores(name):
 @pytest.mark.parametrize("name", ROWS)
 def test_gradient_steps(name):
     """What a whole run takes."""
-    runs = runs_of(ROWS[name]) + [third_run(ROWS[name], game) for game in GAMES if ROWS[name] in THREE]
+    further = [later_run(ROWS[name], game, seed) for game in GAMES for seed in further_seeds(ROWS[name])]
+    runs = runs_of(ROWS[name]) + further
     steps = {int(gradient_steps(run, ROWS[name])[-1]) for run in runs}
     ends = sorted({min(steps), max(steps)})
     assert_says(row_of(MAIN, name), " | " + " to ".join(["{}"] * len(ends)) + " |", *ends)
@@ -132,7 +146,7 @@ def test_gradient_steps(name):
 def test_comparisons(name):
     """ABS minus each other variant, the probability that it scores higher, and p, computed as the report does, over the seeds
     that both have."""
-    x, y = (pooled(ABS), pooled(ROWS[name])) if ROWS[name] in THREE else (hns(ABS), hns(ROWS[name]))
+    x, y = paired(ROWS[name])
     improvement, difference, _ = zip(*report.estimate([x, y], report.comparison_functions, 2000), strict=True)
     words = " | {} ({} to {})" * 2 + " | {} |"
     assert_says(row_of(MAIN, name), words, *difference, *improvement, report.permutation_p(x, y))
@@ -148,13 +162,13 @@ def test_permutation_tests():
 
     over_64, over_clock, *_ = p(ABS)
     assert over_64 == pytest.approx(2 / 6**2)  # two of the ways to deal four runs out to two variants, in each of two games
-    over_three = [report.permutation_p(pooled(ABS), pooled(baseline)) for baseline in (FIXED[2], CLOCK)]
-    words = (
-        "with twice as many gradient steps (p = {}, and {} by Holm's correction for the table's six comparisons): in Breakout"
-    )
-    assert over_three[0] == min(report.permutation_p(pooled(ABS), pooled(v)) for v in THREE if v != ABS)  # Holm: 6 times
-    assert_says(MAIN, words, over_three[0], 6 * over_three[0])
-    assert_says(MAIN, "over the three, p = {}. Another clock", over_three[1])
+    over_all = [report.permutation_p(*paired(baseline)) for baseline in (FIXED[2], CLOCK)]
+    words = "with twice as many gradient steps (p = {}, and {} by Holm's correction for the table's six comparisons; both"
+    assert over_all[0] == min(report.permutation_p(*paired(v)) for v in ROWS.values() if v != ABS)  # Holm: 6 times
+    assert_says(EVIDENCE, words, over_all[0], 6 * over_all[0])
+    words = "fixed rollout of 64 steps (p = {}, or {} by Holm's correction for the table's six comparisons)"
+    assert_says(MAIN, words, over_all[0], 6 * over_all[0])
+    assert_says(EVIDENCE, "over the four, p = {}. So nothing", over_all[1])
     assert_says(DETAILS, "permutation test of ABS against 64 gives p = {} (two-sided", over_64)
     assert_says(DETAILS, "permutation test p = {}. It looks worse", over_clock)
     over_64, *others = p(ABS, LETTER, EPOCHS)
@@ -172,9 +186,12 @@ def test_divergence():
     ends = min(first), max(first), min(third), max(third)
     rises = sum(b > a for a, b in zip(third, last, strict=True))
     words = "in all 16 runs of ABS and fixed rollouts with seeds 1 and 2: it averages {} to {} in the first tenth of training "
-    assert_says(MAIN, words + "and {} to {} in the third tenth, then changes little (it rises in {})", *ends, rises)
-    late = [tenth(third_run(FIXED[2], "Pong-v5"), "divergence", n) for n in (1, 3, 10)]
-    assert_says(MAIN, "took longer (Pong, 64 steps: {}, {}, in the last tenth {})", *late)
+    assert_says(EVIDENCE, words + "and {} to {} in the third tenth, then changes little (it rises in {})", *ends, rises)
+    late = [tenth(later_run(FIXED[2], "Pong-v5", seed), "divergence", n) for seed in (3, 4) for n in (1, 3, 10)]
+    words = (
+        "took longer (Pong, 64 steps: {}, {}, in the last tenth {}), and so it did with seed 4, in one run of six (Pong, 64 "
+    )
+    assert_says(EVIDENCE, words + "steps: {}, {}, in the last tenth {})", *late)
     words = "{} to {} over the first tenth of training, {} to {} over the third, {} to {} over the last"
     assert_says(DETAILS, words, *ends, min(last), max(last))
     assert_says(DETAILS, "rises in {} of the 16", rises)
@@ -185,30 +202,36 @@ def returns_within(start, end, variant, game="Breakout-v5"):
     return [mean_return(variant, game, seed, start * BUDGET, end * BUDGET) for seed in (1, 2)]
 
 
-def third_return(variant, game, start, end):
-    curve = third_curves[third.run[variant, game, 3]]
+def later_return(seed, variant, game, start, end):
+    curve = later_curves[later.run[variant, game, seed]]
     return curve.loc[(curve["step"] > start * BUDGET) & (curve["step"] <= end * BUDGET), "episodic_return"].mean()
+
+
+def all_returns(variant, start, end):
+    """In Breakout, of every seed that the variant has."""
+    return returns_within(start, end, variant) + [
+        later_return(seed, variant, "Breakout-v5", start, end) for seed in further_seeds(variant)
+    ]
 
 
 half_way = partial(returns_within, 0.45, 0.55)
 
 
+@pytest.mark.parametrize("name", [name for name in ROWS if ROWS[name] in FIVE])
+def test_returns_in_training(name):
+    """In Breakout, after a fifth of training, half-way, and in its last tenth, of all seeds."""
+    parts = (0.2, 0.25), (0.45, 0.55), (0.9, 1)
+    values = sum((all_returns(ROWS[name], *part) for part in parts), [])
+    cell = ", ".join(["{}"] * (len(values) // 3))
+    assert_says(row_of(EVIDENCE, name), f"| {name} | {cell} | {cell} | {cell} |", *values)
+
+
 def test_early_returns():
-    """After a fifth of training and half-way through it."""
-    words, values, three = (
-        "(20 to 25 % of it) ABS returned {s}, 16 steps {s}, 32 steps {s}, 64 steps {s}; half-way ",
-        [],
-        "{}, {} and {}",
-    )
+    """Every rollout that grows is ahead of 32 and 64 early in Breakout; seeds 1 and 2 half-way."""
     for part in ((0.2, 0.25), (0.45, 0.55)):
-        seeds = {
-            v: returns_within(*part, v) + ([third_return(v, "Breakout-v5", *part)] if v in THREE else [])
-            for v in ROWS.values()
-        }
-        values += sum((seeds[v] for v in (ABS, *FIXED)), [])
-        growing, fixed = (sum((seeds[v] for v in group), []) for group in ((ABS, LETTER, EPOCHS, CLOCK), FIXED[1:]))
-        assert min(growing) > max(fixed)  # every rollout that grows
-    assert_says(MAIN, (words + "{s}, then {s}, then {s}, then {s}. In Pong").replace("{s}", three), *values)
+        growing = sum((all_returns(v, *part) for v in (ABS, LETTER, EPOCHS, CLOCK)), [])
+        fixed = sum((all_returns(v, *part) for v in FIXED[1:]), [])
+        assert min(growing) > max(fixed)
     assert_says(DETAILS, "ABS returned {} and {} (seeds 1 and 2)", *half_way(ABS))
     values = sum(map(half_way, FIXED), [])
     assert_says(DETAILS, "the shortest rollout ({} and {}) and more than 32 ({} and {}) and 64 ({} and {})", *values)
@@ -233,7 +256,7 @@ def test_returns_at_equal_gradient_steps():
     assert_says(DETAILS, "{} and {} with 64, {} and {} with 32, {} and {} with 16, {} and {} with ABS, so that", *pong)
 
 
-@pytest.mark.parametrize("text", [MAIN, DETAILS], ids=["README", "results"])
+@pytest.mark.parametrize("text", [EVIDENCE, DETAILS], ids=["evidence", "results"])
 def test_rollout_lengths(text):
     """Where ABS ends."""
     ends = sorted(run["rollout_length"].iloc[-1] for run in runs_of(ABS))
@@ -246,7 +269,7 @@ def test_noise_scale():
     pong, breakout = (np.percentile(values, [5, 95]) for values in both)
     assert_says(DETAILS, "between {} and {} samples in Pong and between {} and {} in Breakout", *pong, *breakout)
     lowest, highest = min(pong[0], breakout[0]), max(pong[1], breakout[1])
-    assert_says(MAIN, "lay between {} and {} samples (5 to 95 % of its points)", lowest, highest)
+    assert_says(EVIDENCE, "lay between {} and {} samples (5 to 95 % of its points)", lowest, highest)
     assert highest < 128 * 16
 
 
@@ -280,10 +303,10 @@ def test_ppo():
             exceeds.append(large / len(b_simple))
             grown.append(run["step"].iloc[-1] - until_32)
     assert_says(DETAILS, "changed was {} or less after the first tenth", np.nanmax(changed))
-    assert_says(MAIN, "Scores: {} ± {} and {} ± {} in Pong, {} ± {} and {} ± {} in Breakout", *results)
-    assert_says(MAIN, "the rule is fed, in {} to {} % of the decisions", 100 * min(decisions), 100 * max(decisions))
-    assert_says(MAIN, "exceeded the largest batch of 8,192 in {} to {} % of the", 100 * min(exceeds), 100 * max(exceeds))
-    for text in (MAIN, DETAILS):
+    assert_says(EVIDENCE, "Scores: {} ± {} and {} ± {} in Pong, {} ± {} and {} ± {} in Breakout", *results)
+    assert_says(EVIDENCE, "the rule is fed, in {} to {} % of the decisions", 100 * min(decisions), 100 * max(decisions))
+    assert_says(EVIDENCE, "exceeded the largest batch of 8,192 in {} to {} % of the", 100 * min(exceeds), 100 * max(exceeds))
+    for text in (EVIDENCE, DETAILS):
         assert_says(text, "at 16 until the last {} to {} steps", round(min(grown), -3), round(max(grown), -3))
 
 
@@ -310,7 +333,7 @@ def test_against_cleanrl():
     words += "{} (Welch's 95 % interval {} to {}); with bfloat16 {} ({} to {})"
     differences = *welch(float32[1], peers[1]), *welch(bfloat16[1], peers[1])
     assert_says(DETAILS, words, *float32[1], *peers[1], *differences)
-    assert_says(MAIN, "can tell: {} ({} to {}) with float32, {} ({} to {}) with bfloat16", *differences)
+    assert_says(EVIDENCE, "can tell: {} ({} to {}) with float32, {} ({} to {}) with bfloat16", *differences)
     words = f"Over the last tenth {FOUR} against {FOUR}, {{}} ({{}} to {{}}); with bfloat16 {{}} ({{}} to {{}})"
     assert_says(DETAILS, words, *float32[0], *peers[0], *welch(float32[0], peers[0]), *welch(bfloat16[0], peers[0]))
 
@@ -324,7 +347,7 @@ def test_bfloat16_learns_as_float32():
     assert_says(DETAILS, words, *whole, *other_whole, difference, *interval)
     mean = np.mean([whole, other_whole])
     words = "some {}, is {} (Welch's 95 % interval {} to {}, so one below about {} % would go unnoticed"
-    assert_says(MAIN, words, mean, difference, *interval, 100 * max(interval) / mean)
+    assert_says(EVIDENCE, words, mean, difference, *interval, 100 * max(interval) / mean)
     words = f"over the last tenth {FOUR} against {FOUR}, {{}} ({{}} to {{}})"
     assert_says(DETAILS, words, *last, *other_last, *welch(last, other_last))
 
@@ -488,15 +511,17 @@ def test_the_rival_rule():
     words = "took {} and {} % of training time (Breakout, Pong), measuring the divergence in the same runs {} %: {} and {} s"
     medians = [breakout[f"{name}_seconds"].median() for name in ("noise_scale", "divergence")]
     assert_says(NEWER_TEXT, words, *noise, np.mean(divergence), *medians)
-    assert_says(MAIN, "never left its minimum of 16 steps: B_simple was {} samples at most", ends[:, 2].max())
-    assert_says(MAIN, "cost {} and {} % of the time of these runs, measuring the divergence {} %", *noise, np.mean(divergence))
+    assert_says(EVIDENCE, "never left its minimum of 16 steps: B_simple was {} samples at most", ends[:, 2].max())
+    assert_says(
+        EVIDENCE, "cost {} and {} % of the time of these runs, measuring the divergence {} %", *noise, np.mean(divergence)
+    )
     own = [
         newer[newer["env_id"].eq(f"{game}-v5") & newer["variant"].str.startswith("GNS")].score.item()
         for game in ("Breakout", "Pong")
     ]
     words = "{} in Breakout, above all runs of ABS, and {} in Pong, where fixed 16 with the same seed scored {}"
-    assert_says(MAIN, words, *own, finished.score[FIXED[0], "Pong-v5", 1])
-    assert own[0] > max(finished.score[ABS, "Breakout-v5"].max(), third.score[ABS, "Breakout-v5", 3])
+    assert_says(EVIDENCE, words, *own, finished.score[FIXED[0], "Pong-v5", 1])
+    assert own[0] > max(finished.score[ABS, "Breakout-v5"].max(), later.score[ABS, "Breakout-v5"].max())
     words = "divergence takes {} s on one core (AMD, medians of"
     assert_says(MAIN, words, medians[1])
     assert_says(MAIN, "noise scale {} s at 16 steps and in proportion", medians[0])
@@ -523,14 +548,14 @@ def test_large_networks():
         NEWER_TEXT, "In the last tenth it was {} to {}, with the small network {} to {}", min(last), max(last), *small_last()
     )
     assert_says(
-        MAIN,
+        EVIDENCE,
         "divergence fell to {} and {} in the fourth tenth of training and rose again to {} and {}",
         *breakout[1::3],
         *breakout[2::3],
     )
     (longest,), (last,) = set(longest_and_last[::2]), set(longest_and_last[1::2])
     words = "the rollout reached {} of 128 steps and went back to {}; in Pong it was still growing, at {}"
-    assert_says(MAIN, words, longest, last, pong[2])
+    assert_says(EVIDENCE, words, longest, last, pong[2])
 
 
 def small_last():
@@ -539,54 +564,53 @@ def small_last():
     return min(last), max(last)
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if ROWS[name] in THREE])
-def test_third_seed(name):
-    """Scores, rollouts and gradient steps of seed 3."""
+@pytest.mark.parametrize("seed, name", [(seed, name) for name in ROWS for seed in further_seeds(ROWS[name])])
+def test_later_seed(seed, name):
+    """Scores, rollouts and gradient steps of its runs."""
     values, lengths, steps = [], [], []
     for game in GAMES:
-        run = third.loc[(ROWS[name], game, 3)]
-        greedy = json.loads((THIRD / "evaluations" / "greedy" / f"{run['run']}.json").read_text())["mean"]
+        run = later.loc[(ROWS[name], game, seed)]
+        greedy = json.loads((LATER[seed] / "evaluations" / "greedy" / f"{run['run']}.json").read_text())["mean"]
         values += [run.score, run.score_std_over_games / 99**0.5, greedy]
-        own = third_runs[run["run"]]
+        own = later_runs[run["run"]]
         lengths += [own["rollout_length"].iloc[-1], own["rollout_length"].max()]
         steps.append(gradient_steps(own, ROWS[name])[-1])
         assert run.eval_episodes == 100 and run.state == "finished"
     words = f"| {name} | {{}} ± {{}} ({{}}) | {{}} ± {{}} ({{}}) | {{}} ({{}}) and {{}} ({{}}) | {{}} and {{}} |"
-    assert_says(row_of(THIRD_TEXT, name), words, *values, *lengths, *steps)
+    assert_says(row_of(LATER_TEXT[seed], name), words, *values, *lengths, *steps)
 
 
 def test_three_seeds():
     """ABS minus the other variants over the study's two seeds and the third one; what no longer holds of 64."""
     values, two = [], []
     for baseline in (FIXED[2], CLOCK, FIXED[1], FIXED[0]):
-        x, y = pooled(ABS), pooled(baseline)
+        x, y = pooled(ABS, [3]), pooled(baseline, [3])
         values += [x.mean() - y.mean(), report.probability_of_improvement(x, y), report.permutation_p(x, y)]
         two.append(hns(ABS).mean() - hns(baseline).mean())
     words = "ABS minus 64 is {} in human-normalised score (probability of improvement {}; exact permutation test within games "
     words += "p = {}), minus growth with time {} ({}; p = {}), minus 32 {} ({}; p = {}), minus 16 {} ({}; p = {})"
-    assert_says(THIRD_TEXT, words, *values)
-    assert_says(THIRD_TEXT, "With two seeds these were {}, {}, {} and {}", *two)
-    pong = [*finished.score[ABS, "Pong-v5"], third.score[ABS, "Pong-v5", 3]]
-    assert_says(THIRD_TEXT, "in Pong 64 scored {}, ABS {}, {} and {}.", third.score[FIXED[2], "Pong-v5", 3], *pong)
-    breakout = [pooled(v)[:, 1] for v in (ABS, FIXED[2])]
-    assert min(breakout[0]) > max(breakout[1]) and pooled(FIXED[2])[2, 0] > pooled(ABS)[1, 0]
+    assert_says(LATER_TEXT[3], words, *values)
+    assert_says(LATER_TEXT[3], "With two seeds these were {}, {}, {} and {}", *two)
+    pong = [*finished.score[ABS, "Pong-v5"], later.score[ABS, "Pong-v5", 3]]
+    assert_says(LATER_TEXT[3], "in Pong 64 scored {}, ABS {}, {} and {}.", later.score[FIXED[2], "Pong-v5", 3], *pong)
+    breakout = [pooled(v, [3])[:, 1] for v in (ABS, FIXED[2])]
+    assert min(breakout[0]) > max(breakout[1]) and pooled(FIXED[2], [3])[2, 0] > pooled(ABS, [3])[1, 0]
 
 
 def test_training_of_the_third_seed():
     """Returns in parts of training; divergence in tenths; what the study's runs had."""
     parts = (0.2, 0.25), (0.45, 0.55), (0.9, 1)
-    values = [third_return(variant, "Breakout-v5", *part) for part in parts for variant in THREE]
+    values = [later_return(3, variant, "Breakout-v5", *part) for part in parts for variant in FIVE]
     words = (
         "ABS returned {}, growth with time {}, 16, 32 and 64 steps {}, {} and {}, half-way {}, {}, {}, {} and {}, in the last "
     )
-    assert_says(THIRD_TEXT, words + "tenth {}, {}, {}, {} and {}.", *values)
-    values = [third_return(variant, "Pong-v5", *part) for part in parts[1:] for variant in THREE]
+    assert_says(LATER_TEXT[3], words + "tenth {}, {}, {}, {} and {}.", *values)
+    values = [later_return(3, variant, "Pong-v5", *part) for part in parts[1:] for variant in FIVE]
     words = "had depended on the seed, half-way {}, {}, {}, {} and {}, in the last tenth {}, {}, {}, {} and {}."
-    assert_says(THIRD_TEXT, words, *values)
-    late, study = third_run(FIXED[2], "Pong-v5"), sum(map(runs_of, (ABS, *FIXED)), [])
-    first, third_tenth, last = (
-        [tenth(run, "divergence", n) for run in third_runs.values() if run is not late] for n in (1, 3, 10)
-    )
+    assert_says(LATER_TEXT[3], words, *values)
+    late, study = later_run(FIXED[2], "Pong-v5", 3), sum(map(runs_of, (ABS, *FIXED)), [])
+    third = [later_run(variant, game, 3) for variant in FIVE for game in GAMES]
+    first, third_tenth, last = ([tenth(run, "divergence", n) for run in third if run is not late] for n in (1, 3, 10))
     last.append(tenth(late, "divergence", 10))
     values = [f(x) for x in (first, third_tenth) for f in (min, max)] + [tenth(late, "divergence", n) for n in (1, 3)]
     words = "in nine of the ten runs as in the study, from {} to {} in the first tenth of training to {} to {} in the third "
@@ -595,9 +619,66 @@ def test_training_of_the_third_seed():
     )
     words += "16 runs of ABS and fixed rollouts: {} to {}, {} to {}, {} to {})"
     ends = [f(tenth(run, "divergence", n) for run in study) for n in (1, 3, 10) for f in (min, max)]
-    assert_says(THIRD_TEXT, words, *values, min(last), max(last), *ends)
-    last = [third_run(ABS, game)["rollout_length"].iloc[-1] for game in GAMES]
-    assert_says(MAIN, "which asks for a divergence of 0.05 (seed 3: {} and {})", *sorted(last))
+    assert_says(LATER_TEXT[3], words, *values, min(last), max(last), *ends)
+    last = [later_run(ABS, game, 3)["rollout_length"].iloc[-1] for game in GAMES]
+    fourth = [later_run(ABS, game, 4)["rollout_length"].iloc[-1] for game in GAMES]
+    words = "which asks for a divergence of 0.05 (seed 3: {} and {}, seed 4: {} and {})"
+    assert_says(EVIDENCE, words, *sorted(last), *sorted(fourth))
     study = [run["rollout_length"].iloc[-1] for run in runs_of(ABS)]
-    assert_says(THIRD_TEXT, "went to {} and {} steps, in the study to {} to {}", *last, min(study), max(study))
-    assert_says(MAIN, "in {} runs of 1.5 million steps in two games", 34 + len(newer_runs) + len(third_runs))
+    assert_says(LATER_TEXT[3], "went to {} and {} steps, in the study to {} to {}", *last, min(study), max(study))
+    ends = [*last, *fourth, *study]
+    assert_says(MAIN, "the rollout grows**, from 16 to between {} and {} steps", min(ends), max(ends))
+    assert_says(MAIN, "in {} runs of 1.5 million steps in two games", 34 + len(newer_runs) + len(later_runs))
+
+
+def test_four_seeds():
+    """ABS minus the other two variants over four seeds, three and two; which runs of 64 are below which of ABS."""
+    values, fewer = [], []
+    for baseline in (FIXED[2], CLOCK):
+        x, y = pooled(ABS, [3, 4]), pooled(baseline, [3, 4])
+        values += [x.mean() - y.mean(), report.probability_of_improvement(x, y), report.permutation_p(x, y)]
+        fewer.append([pooled(ABS, seeds).mean() - pooled(baseline, seeds).mean() for seeds in ([3], [])])
+    words = "ABS minus 64 is {} in human-normalised score (probability of improvement {}; exact permutation test within games "
+    assert_says(LATER_TEXT[4], words + "p = {}), minus growth with time {} ({}; p = {}).", *values)
+    words = "With three seeds these were {} and {}, with two {} and {}."
+    assert_says(LATER_TEXT[4], words, fewer[0][0], fewer[1][0], fewer[0][1], fewer[1][1])
+    (pong, breakout), (pong_64, breakout_64) = (pooled(v, [3, 4]).T for v in (ABS, FIXED[2]))
+    assert min(breakout) > max(breakout_64) and list(pong_64 < min(pong)) == [True, True, False, True]
+    assert sum(pong < pong_64[2] - 0.05) == 2 and abs(pong - pong_64[2]).min() < 0.005
+    for game in GAMES:
+        own, clock, fixed = (later.score[v, game, 4] for v in (ABS, CLOCK, FIXED[2]))
+        assert fixed < own < clock
+
+
+def test_training_of_the_fourth_seed():
+    """Returns in parts of training; divergence in tenths."""
+    parts, variants = ((0.2, 0.25), (0.45, 0.55), (0.9, 1)), (ABS, CLOCK, FIXED[2])
+    values = [later_return(4, variant, "Breakout-v5", *part) for part in parts for variant in variants]
+    words = (
+        "ABS returned {}, growth with time {}, 64 steps {}, half-way {}, {} and {}, in the last tenth {}, {} and {}. In Pong"
+    )
+    assert_says(LATER_TEXT[4], words, *values)
+    values = [later_return(4, variant, "Pong-v5", *part) for part in parts[1:] for variant in variants]
+    assert_says(LATER_TEXT[4], "In Pong half-way {}, {} and {}, in the last tenth {}, {} and {}.", *values)
+    late, runs = later_run(FIXED[2], "Pong-v5", 4), [later_run(v, game, 4) for v in variants for game in GAMES]
+    first, last = ([tenth(run, "divergence", n) for run in runs] for n in (1, 10))
+    third = [tenth(run, "divergence", 3) for run in runs if run is not late]
+    words = "from {} to {} in the first tenth of training to {} to {} in the third, but for 64 in Pong, {} there; in the last "
+    values = *(f(x) for x in (first, third) for f in (min, max)), tenth(late, "divergence", 3), min(last), max(last)
+    assert_says(LATER_TEXT[4], words + "tenth it was {} to {} in all six runs", *values)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_docstrings(script):
+    """What each script has reached, by its docstring."""
+    if script == "pqn_abs_atari.py":
+        scores = {game: [*finished.score[ABS, game], *later.score[ABS, game]] for game in GAMES}
+    elif script == "ppo_abs_atari.py":
+        both = pd.concat([finished, pd.read_csv(STUDY / "report_ppo" / "scores.csv").set_index(KEY)])
+        scores = {game: [both.score["PPO ABS 16-64", game, seed] for seed in (1, 2)] for game in GAMES}
+    else:
+        own = newer[newer.index.str.contains(f"__{script.removesuffix('.py')}__")]
+        scores = {game: list(own.score[own.env_id == game]) for game in GAMES}
+    cells = {1: "{}", 2: "{} and {}", 4: FOUR}
+    words = ", ".join(f"{cells[len(x)]} in {game.removesuffix('-v5')}" for game, x in scores.items() if x)
+    assert_says(MODULES[script].__doc__, f"K = 4: {words} (", *sum(scores.values(), []))

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = README + (ROOT / "docs" / "own_script.md").read_text()
+PAGES = README + "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("own_script", "evidence"))
 RESULTS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("benchmark/results/*/README.md"))]
 
 
@@ -53,7 +53,7 @@ def test_flags_exist():
     assert len(flags) > 15
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/speed.md", "docs/own_script.md", *RESULTS])
+@pytest.mark.parametrize("page", ["README.md", "docs/speed.md", "docs/evidence.md", "docs/own_script.md", *RESULTS])
 def test_linked_files_exist(page):
     """Every relative link and picture leads to a file of the repository, and one to a heading to a heading."""
     text = (ROOT / page).read_text()
@@ -70,4 +70,4 @@ def test_linked_files_exist(page):
 
 def test_nothing_left_to_fill_in():
     """No placeholder was forgotten."""
-    assert not re.search(r"@@|TODO|TBD|XXX", README)
+    assert not re.search(r"@@|TODO|TBD|XXX", PAGES)

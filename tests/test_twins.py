@@ -43,7 +43,7 @@ DIFFERENT = {
 }
 MOST_CHANGED_LINES = [
     (BASE, "pqn_l_abs_atari.py", 80),
-    ("pqn_l_abs_atari.py", "pqn_xl_abs_atari.py", 12),
+    ("pqn_l_abs_atari.py", "pqn_xl_abs_atari.py", 16),
     (BASE, "gns_batch_atari.py", 150),
     (BASE, "ppo_abs_atari.py", 300),
 ]
