@@ -170,7 +170,7 @@ def test_permutation_tests():
     assert_says(MAIN, words, over_all[0], 6 * over_all[0])
     assert_says(EVIDENCE, "over the four, p = {}. So nothing", over_all[1])
     assert_says(DETAILS, "permutation test of ABS against 64 gives p = {} (two-sided", over_64)
-    assert_says(DETAILS, "permutation test p = {}. It looks worse", over_clock)
+    assert_says(DETAILS, "permutation test p = {}. With these seeds it looks worse", over_clock)
     over_64, *others = p(ABS, LETTER, EPOCHS)
     assert_says(DETAILS, "p = {} (exact permutation test within games)", over_64)
     for name, value in zip(("growth by the clock", "32:", "16:"), others, strict=True):
@@ -189,7 +189,7 @@ def test_divergence():
     assert_says(EVIDENCE, words + "and {} to {} in the third tenth, then changes little (it rises in {})", *ends, rises)
     late = [tenth(later_run(FIXED[2], "Pong-v5", seed), "divergence", n) for seed in (3, 4) for n in (1, 3, 10)]
     words = (
-        "took longer (Pong, 64 steps: {}, {}, in the last tenth {}), and so it did with seed 4, in one run of six (Pong, 64 "
+        "took longer (Pong, 64 steps: {}, {}, in the last tenth {}), and so it did in one of six runs with seed 4 (Pong, 64 "
     )
     assert_says(EVIDENCE, words + "steps: {}, {}, in the last tenth {})", *late)
     words = "{} to {} over the first tenth of training, {} to {} over the third, {} to {} over the last"
@@ -403,9 +403,14 @@ def calls_beside_cleanrl(*names):
 def test_all_calls():
     """On the machine where bfloat16 is the default."""
     calls, fixed, moving = calls_beside_cleanrl(
-        *(f"throughput_cpu{name}" for name in ("", "_2228fcf", "_c85f1d3", "_be16aab", "_1a00068", "_first"))
+        *(
+            f"throughput_cpu{name}"
+            for name in ("", "_e8fd955_first", "_6f069d0", "_2228fcf", "_c85f1d3", "_be16aab", "_1a00068", "_first")
+        )
     )
-    words = "Five other calls, of earlier versions, gave {} to {} times CleanRL at L = 32 and {} to {} with L moving"
+    words = (
+        "Seven other calls, all but one of earlier versions, gave {} to {} times CleanRL at L = 32 and {} to {} with L moving"
+    )
     assert_says(MAIN, words, *(f(ratios[1:]) for ratios in (fixed, moving) for f in (min, max)))
     float32 = pd.read_csv(ROOT / "docs" / "flags_amd.csv", index_col="name")["steps_per_second"].loc[
         "pqn_abs_atari.py, L = 32, --precision float32"
@@ -627,7 +632,7 @@ def test_training_of_the_third_seed():
     study = [run["rollout_length"].iloc[-1] for run in runs_of(ABS)]
     assert_says(LATER_TEXT[3], "went to {} and {} steps, in the study to {} to {}", *last, min(study), max(study))
     ends = [*last, *fourth, *study]
-    assert_says(MAIN, "the rollout grows**, from 16 to between {} and {} steps", min(ends), max(ends))
+    assert_says(MAIN, "the rollout grows**, from 16 to between {} and {} of 64 steps", min(ends), max(ends))
     assert_says(MAIN, "in {} runs of 1.5 million steps in two games", 34 + len(newer_runs) + len(later_runs))
 
 
@@ -663,7 +668,7 @@ def test_training_of_the_fourth_seed():
     late, runs = later_run(FIXED[2], "Pong-v5", 4), [later_run(v, game, 4) for v in variants for game in GAMES]
     first, last = ([tenth(run, "divergence", n) for run in runs] for n in (1, 10))
     third = [tenth(run, "divergence", 3) for run in runs if run is not late]
-    words = "from {} to {} in the first tenth of training to {} to {} in the third, but for 64 in Pong, {} there; in the last "
+    words = "in the first tenth of training it was {} to {}, in the third {} to {}, but with 64 in Pong {}; in the last "
     values = *(f(x) for x in (first, third) for f in (min, max)), tenth(late, "divergence", 3), min(last), max(last)
     assert_says(LATER_TEXT[4], words + "tenth it was {} to {} in all six runs", *values)
 
