@@ -2,9 +2,11 @@
 
 import json
 import re
+import subprocess
 import sys
 from functools import partial
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -252,6 +254,12 @@ def test_returns_at_equal_gradient_steps():
     pong, breakout = sum(at_equal[:4], []), sum(at_equal[4:], [])
     words = "Breakout returned {} and {} with 64, {} and {} with 32, {} and {} with 16, {} and {} with ABS"
     assert_says(DETAILS, words, *breakout)
+    (long, middle, short, adaptive), (long_pong, middle_pong, *others) = at_equal[4:], at_equal[:4]
+    for i in (0, 1):
+        assert max(short[i], middle[i]) < long[i] < adaptive[i]
+        assert max(other[i] for other in others) < min(long_pong[i], middle_pong[i])
+    words = "in Breakout, {} and {} against {} and {} and {} and {}, and behind ABS, {} and {}"
+    assert_says(EVIDENCE, words, *long, *short, *middle, *adaptive)
     assert_says(DETAILS, "with ABS, {} with `--scale-epochs`, seed 1,", early_return(EPOCHS, "Breakout-v5", 1, 11_712))
     assert_says(DETAILS, "{} and {} with 64, {} and {} with 32, {} and {} with 16, {} and {} with ABS, so that", *pong)
 
@@ -306,6 +314,7 @@ def test_ppo():
     assert_says(EVIDENCE, "Scores: {} ± {} and {} ± {} in Pong, {} ± {} and {} ± {} in Breakout", *results)
     assert_says(EVIDENCE, "the rule is fed, in {} to {} % of the decisions", 100 * min(decisions), 100 * max(decisions))
     assert_says(EVIDENCE, "exceeded the largest batch of 8,192 in {} to {} % of the", 100 * min(exceeds), 100 * max(exceeds))
+    assert min(exceeds) > 0.5  # "more than half of the time"
     for text in (EVIDENCE, DETAILS):
         assert_says(text, "at 16 until the last {} to {} steps", round(min(grown), -3), round(max(grown), -3))
 
@@ -348,6 +357,7 @@ def test_bfloat16_learns_as_float32():
     mean = np.mean([whole, other_whole])
     words = "some {}, is {} (Welch's 95 % interval {} to {}, so one below about {} % would go unnoticed"
     assert_says(EVIDENCE, words, mean, difference, *interval, 100 * max(interval) / mean)
+    assert_says(MAIN, "(a loss below some {} % would go unnoticed), and neither", 100 * max(interval) / mean)
     words = f"over the last tenth {FOUR} against {FOUR}, {{}} ({{}} to {{}})"
     assert_says(DETAILS, words, *last, *other_last, *welch(last, other_last))
 
@@ -398,6 +408,20 @@ def calls_beside_cleanrl(*names):
         row = next(line for line in SPEED.split("\n") if f"({name}.csv)" in line)
         assert_says(row, ") | {} | {} | {} | {} | {} | {} |", *values, fixed_ratios[-1], moving_ratios[-1])
     return calls, fixed_ratios, moving_ratios
+
+
+def test_costs():
+    """Hours of a run of 20 million steps, and days of the 90 of the first list, at the measured speeds."""
+    two, one = (
+        pd.read_csv(ROOT / "docs" / name, index_col="name")["steps_per_second"]["pqn_abs_atari.py, L = 32"]
+        for name in ("throughput_cpu.csv", "speed_one_core.csv")
+    )
+    hours = 20e6 / two / 3600
+    words = (
+        "at {} steps/s (two cores, see [Speed](#speed)) a run of 20 million steps takes {} hours and the 90 runs of the first "
+    )
+    words += "list {} days; at {} steps/s on one core, two runs at a time, {} days"
+    assert_says(MAIN, words, two, hours, 90 * hours / 24, one, 45 * 20e6 / one / 86400)
 
 
 def test_all_calls():
@@ -517,6 +541,7 @@ def test_the_rival_rule():
     medians = [breakout[f"{name}_seconds"].median() for name in ("noise_scale", "divergence")]
     assert_says(NEWER_TEXT, words, *noise, np.mean(divergence), *medians)
     assert_says(EVIDENCE, "never left its minimum of 16 steps: B_simple was {} samples at most", ends[:, 2].max())
+    assert_says(MAIN, "the gradient noise scale asked for {} samples at most", ends[:, 2].max())
     assert_says(
         EVIDENCE, "cost {} and {} % of the time of these runs, measuring the divergence {} %", *noise, np.mean(divergence)
     )
@@ -687,3 +712,11 @@ def test_docstrings(script):
     cells = {1: "{}", 2: "{} and {}", 4: FOUR}
     words = ", ".join(f"{cells[len(x)]} in {game.removesuffix('-v5')}" for game, x in scores.items() if x)
     assert_says(MODULES[script].__doc__, f"K = 4: {words} (", *sum(scores.values(), []))
+
+
+def test_picture_of_all_seeds(tmp_path):
+    """It shows the runs that are in the repository now, and its script draws it."""
+    script = ROOT / "benchmark" / "results" / "all_seeds.py"
+    subprocess.run([sys.executable, script, tmp_path / "drawn.png"], check=True)
+    drawn, shown = (plt.imread(path)[..., :3] for path in (tmp_path / "drawn.png", ROOT / "docs" / "pqn_returns.png"))
+    assert drawn.shape == shown.shape and abs(drawn - shown).mean() < 0.005
