@@ -225,8 +225,8 @@ def test_auto_takes_bfloat16_where_it_is_faster(capabilities, fast, monkeypatch)
 PAGE_FAULTS = """
 import resource, torch, pqn_abs_atari
 pqn_abs_atari.keep_freed_memory()
-for i in range(12):
-    if i == 2:
+for i in range(16):
+    if i == 6:  # the heap has grown to its size
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     tensors = [torch.ones(4_000_000) for _ in range(6)]  # 96 MB
     del tensors
@@ -237,14 +237,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 def test_freed_memory_is_kept():
     """Tensors take the memory of those before them, whose pages the system need not clear anew; with the environment variables
-    of malloc nothing is set."""
+    of malloc nothing is set, and the system clears the pages of 96 MB ten times."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
-    faults = []
-    for extra in ({}, {"MALLOC_TOP_PAD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=8"}):
+
+    def faults(**extra):
         command = [sys.executable, "-c", PAGE_FAULTS]
-        result = subprocess.run(command, cwd=ROOT, env=environment | extra, capture_output=True, text=True, check=True)
-        faults.append(int(result.stdout))
-    assert 10 * faults[0] < min(faults[1:])
+        return int(subprocess.run(command, cwd=ROOT, env=environment | extra, capture_output=True, check=True).stdout)
+
+    # Something small that happens to lie above the tensors keeps the heap from shrinking, in one process of four
+    assert max(faults() for _ in range(3)) < 1000
+    for extra in ({"MALLOC_TOP_PAD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=8"}):
+        assert any(faults(**extra) > 100_000 for _ in range(8))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
