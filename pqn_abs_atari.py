@@ -36,6 +36,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import gc
 import glob
 import hashlib
 import importlib.metadata
@@ -1146,8 +1147,12 @@ class CUDAGraphed:
             return output
         if self.recorded is None:
             static_inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
-                static_output = self.function(*static_inputs)
+            gc.disable()  # it may destroy an older graph, which CUDA forbids while one is recorded (PyTorch PR 161037)
+            try:
+                with torch.cuda.graph(graph, stream=self.stream):
+                    static_output = self.function(*static_inputs)
+            finally:
+                gc.enable()
             self.recorded = graph, static_inputs, static_output
         graph, static_inputs, static_output = self.recorded
         for static_input, x in zip(static_inputs, inputs, strict=True):

@@ -12,7 +12,7 @@ windows of some 8,192 steps; lowest and highest are their range, mean is their h
 median does not see, such as a compilation. EnvPool alone, our runs and the peer's alternate. Emulation,
 inference and learning are shares of the time, as the script logs them: waiting for the emulator; acting and storing;
 everything else. Prints a table and writes it as CSV, which is written anew after every run, so that a benchmark that is cut
-short leaves what it has measured.
+short leaves what it has measured. A run that fails, or cannot compute in the way its flags ask for, is named and left out.
 """
 
 import argparse
@@ -61,15 +61,19 @@ def run_script(command):
     """Runs a training script to its end in a folder of its own.
 
     Returns (speeds of the windows, shares of emulation, inference and learning or None, peak resident memory in GiB or None).
+    RuntimeError where it fails, or says that it runs without a compiler or CUDA graphs though asked to use them.
     """
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
         process, peak_memory = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log), None
         while process.poll() is None:
             time.sleep(0.5)
             peak_memory = peak_memory_so_far(process.pid) or peak_memory
+        log.seek(0)
+        output = log.read()
         if process.returncode:
-            log.seek(0)
-            sys.exit(f"error: {shlex.join(command)} ended with {process.returncode}:\n{log.read()[-2000:]}")
+            raise RuntimeError(f"{shlex.join(command)} ended with {process.returncode}:\n{output[-2000:]}")
+        if missing := re.search(r"^--\w+ finds no .*$", output, re.M):
+            raise RuntimeError(f"{shlex.join(command)}: {missing[0]}")
         events = EventAccumulator(str(next(Path(folder).glob("runs/*"))), size_guidance={"scalars": 0})
         events.Reload()
     points = [(p.wall_time, p.step) for p in events.Scalars("charts/SPS")]
@@ -102,7 +106,7 @@ def main():
     parser.add_argument("--peer", type=Path, help="a script with CleanRL's flags, run at the base length")
     parser.add_argument("--lengths", nargs="+", default=["16", "32", "max", "moving"], help='steps, "max" and "moving"')
     parser.add_argument("--env-id", default="Breakout-v5", help="the game")
-    parser.add_argument("--steps", type=int, default=65536, help="agent steps of each run; on a GPU take 1000000")
+    parser.add_argument("--steps", type=int, default=65536, help="agent steps of each run; on a GPU take 300000")
     parser.add_argument("--rounds", type=int, default=2, help="how often all runs are repeated, in turn")
     parser.add_argument("--flags", action="append", help="more flags for our scripts (--flags=...); given again, all are run")
     parser.add_argument("--out", type=Path, default=Path("throughput.csv"), help="the CSV to write")
@@ -135,7 +139,7 @@ def main():
         for length in dict.fromkeys(str(longest) if n == "max" else n for n in args.lengths):
             name, flags = f"L = {length}", f"--no-adapt-rollout --num-steps {length}"
             if length == "moving":
-                # Through the whole range within the run: the length changes at every iteration
+                # Through the whole range within the run, in steps of the number of minibatches: 16, 20, ..., 64
                 name = f"L = 16 to {longest}, moving"
                 flags = f"--rollout-length-max {longest} --adapt-interval 1 --adapt-signal time --rollout-smoothing 1"
             flags = shlex.split(f"{common} --eval-episodes 0 {flags} {more_flags}")
@@ -145,11 +149,20 @@ def main():
         peer_name = f"peer {args.peer.name}, L = 32"
         common += f" --update-epochs {min(epochs)} --num-steps 32"
         commands[peer_name] = [sys.executable, str(args.peer.resolve()), *shlex.split(common)]
-    emulator, runs = [], {name: [] for name in commands}
+    emulator, runs, failed = [], {name: [] for name in commands}, []
+    in_turn = sorted(commands, key=lambda name: not name.startswith("peer "))  # first, or what is cut short has no ratio
     for i in range(args.rounds):
         emulator += measure_envpool(args.env_id, 128, min(cores, 128), seconds=10, warmup=3)
-        for name, command in commands.items():
-            runs[name].append(run_script(command))
+        rows = table(emulator, runs)
+        for name in in_turn:
+            if name in failed:
+                continue
+            try:
+                runs[name].append(run_script(commands[name]))
+            except RuntimeError as e:
+                failed.append(name)
+                print(f"error: {e}", file=sys.stderr, flush=True)
+                continue
             print(f"round {i + 1} of {args.rounds}: {name}: {np.median(runs[name][-1][0]):.0f} steps/s", flush=True)
             rows = table(emulator, runs)
             with args.out.open("w", newline="") as f:
@@ -160,9 +173,11 @@ def main():
     width = max(len(r["name"]) for r in rows)
     for r in [dict(zip(FIELDS, FIELDS, strict=True)), *rows]:
         print("  ".join(str(r[f]).ljust(width if f == "name" else max(10, len(f))) for f in FIELDS))
-    for r in rows[1:-1] if args.peer else []:
+    for r in rows[1:-1] if rows[-1]["name"].startswith("peer ") else []:
         print(f"{r['name']}: {r['steps_per_second'] / rows[-1]['steps_per_second']:.2f} times the speed of the peer")
     print(f"{cores} cores, {platform.machine()}, Python {platform.python_version()}, EnvPool {envpool.__version__}")
+    if failed:
+        sys.exit(f"error: {len(failed)} of {len(commands)} could not be measured, see above: {'; '.join(failed)}")
 
 
 def table(emulator, runs):

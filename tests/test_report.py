@@ -673,6 +673,46 @@ def test_throughput_leaves_what_it_measured(monkeypatch, tmp_path):
     assert expected.items() <= script.items()
 
 
+def test_throughput_goes_on_where_a_run_fails(monkeypatch, tmp_path, capsys):
+    """The others are measured, the peer before them, and the one that failed is named and not tried again."""
+    commands = []
+
+    def run_script(command):
+        commands.append(command[-1])
+        if command[-1] == "--compile":
+            raise RuntimeError("no compiler")
+        return [100.0 * len(commands)], None, None
+
+    monkeypatch.setattr(throughput, "run_script", run_script)
+    monkeypatch.setattr(throughput, "measure_envpool", lambda *arguments, **options: [1000.0])
+    peer = ROOT / "pqn_l_abs_atari.py"
+    options = ["--lengths", "16", "--flags=--compile", "--flags=--torch-threads 2", "--peer", str(peer)]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *options, "--out", str(tmp_path / "speed.csv")])
+    with pytest.raises(SystemExit, match=r"1 of 3 could not be measured.*L = 16, --compile$"):
+        throughput.main()
+    assert commands == ["32", "--compile", "2", "32", "2"]
+    output = capsys.readouterr()
+    assert output.err == "error: no compiler\n"
+    names = list(pd.read_csv(tmp_path / "speed.csv")["name"])
+    assert names[1:] == ["pqn_abs_atari.py, L = 16, --torch-threads 2", "peer pqn_l_abs_atari.py, L = 32"]
+    assert f"{names[1]}: 1.60 times the speed of the peer" in output.out
+
+
+@pytest.mark.parametrize(
+    "lines, error",
+    [
+        ("import sys; print('lost'); sys.exit(3)", r"ended with 3:\s+lost"),
+        ("print('--compile finds no C++ compiler or Python.h here: running eagerly')", "finds no C.. compiler"),
+        ("print('--cudagraphs finds no CUDA device here: running without')", "finds no CUDA device"),
+    ],
+)
+def test_throughput_knows_a_run_that_failed(lines, error, tmp_path):
+    """Also one that computed in another way than asked."""
+    (tmp_path / "script.py").write_text(lines)
+    with pytest.raises(RuntimeError, match=error):
+        throughput.run_script([sys.executable, str(tmp_path / "script.py")])
+
+
 def test_throughput_compares_flags(monkeypatch, tmp_path):
     """A line for each set of flags that --flags gives, in turn, and the flags in its name; none for no flags."""
     commands = []
@@ -698,7 +738,7 @@ def test_throughput_gives_the_peer_as_many_epochs(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["throughput.py", *options])
         throughput.main()
         epochs = importlib.import_module(script.removesuffix(".py")).Args.update_epochs
-        assert f"--update-epochs {epochs} --num-steps 32" in " ".join(commands[-1])
+        assert f"--update-epochs {epochs} --num-steps 32" in " ".join(commands[-2])  # before our second run
     assert len(emulator) == 4 and pd.read_csv(tmp_path / "speed.csv")["peak_memory_gib"].isna().all()
 
 
