@@ -27,6 +27,9 @@ sample's gradient to the squared norm of the expected gradient. Behavioral diver
 --resume runs/<run> continues a run that was stopped, --eval-only --model runs/<run>/model.pt evaluates a trained model. A run
 leaves events, args.json, checkpoints, model.pt, eval.json and its source in runs/<run>/. A step is an agent step (4 frames).
 
+The algorithm is in the sections from Network to Acting and learning and in the loop at the end, from `while True` on. The
+other sections are games, files, evaluation, arguments, long runs and speed.
+
 Reached so far, after 1.5 million of the 20 million steps, without a GPU and with 32 minibatches and K = 4: 13.1 in Pong, 52.9
 in Breakout (one run each, mean score of 100 games with 1 % random actions). The noise scale stayed below the smallest batch,
 so the batch never grew. docs/evidence.md has more.

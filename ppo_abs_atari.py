@@ -31,6 +31,9 @@ lay between 0.0001 and 0.0027. So rollouts are longest at 0.0003 nats and shorte
 --resume runs/<run> continues a run that was stopped, --eval-only --model runs/<run>/model.pt evaluates a trained model. A run
 leaves events, args.json, checkpoints, model.pt, eval.json and its source in runs/<run>/. A step is an agent step (4 frames).
 
+The algorithm is in the sections from Network to Acting and learning and in the loop at the end, from `while True` on. The
+other sections are games, files, evaluation, arguments, long runs and speed.
+
 Reached so far, after 1.5 million of the 20 million steps, without a GPU and with 16 minibatches and K = 4: 15.2 and 1.7 in
 Pong, 20.0 and 16.9 in Breakout (one number per seed, mean score of 100 games). KL lay above these bounds most of the time, so
 the batch hardly grew. docs/evidence.md has more.

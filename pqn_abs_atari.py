@@ -27,6 +27,9 @@ behavioral divergence, the share of states whose greedy action one iteration cha
 --resume runs/<run> continues a run that was stopped, --eval-only --model runs/<run>/model.pt evaluates a trained model. A run
 leaves events, args.json, checkpoints, model.pt, eval.json and its source in runs/<run>/. A step is an agent step (4 frames).
 
+The algorithm is in the sections from Network to Acting and learning and in the loop at the end, from `while True` on. The
+other sections are games, files, evaluation, arguments, long runs and speed.
+
 Reached so far, after 1.5 million of the 20 million steps, without a GPU and with 32 minibatches and K = 4: 15.1, 9.2, 17.3 and
 6.1 in Pong, 19.3, 31.4, 17.9 and 19.9 in Breakout (one number per seed, mean score of 100 games with 1 % random actions).
 README.md compares.

@@ -28,6 +28,9 @@ residual MLP on a wide CNN (Castanyer et al., arXiv 2506.15544), and rollouts gr
 --resume runs/<run> continues a run that was stopped, --eval-only --model runs/<run>/model.pt evaluates a trained model. A run
 leaves events, args.json, checkpoints, model.pt, eval.json and its source in runs/<run>/. A step is an agent step (4 frames).
 
+The algorithm is in the sections from Network to Acting and learning and in the loop at the end, from `while True` on. The
+other sections are games, files, evaluation, arguments, long runs and speed.
+
 Reached so far, after 1.5 million of the 20 million steps, without a GPU and with 32 minibatches and K = 4: 11.9 in Breakout
 (one run, mean score of 100 games with 1 % random actions). docs/evidence.md has more.
 """
