@@ -190,9 +190,7 @@ def test_divergence():
     words = "in all 16 runs of ABS and fixed rollouts with seeds 1 and 2: it averages {} to {} in the first tenth of training "
     assert_says(EVIDENCE, words + "and {} to {} in the third tenth, then changes little (it rises in {})", *ends, rises)
     late = [tenth(later_run(FIXED[2], "Pong-v5", seed), "divergence", n) for seed in (3, 4) for n in (1, 3, 10)]
-    words = (
-        "took longer (Pong, 64 steps: {}, {}, in the last tenth {}), and so it did in one of six runs with seed 4 (Pong, 64 "
-    )
+    words = "took longer (Pong, 64 steps: {}, {}, in the last tenth {}), and so it did in one of ten with seed 4 (Pong, 64 "
     assert_says(EVIDENCE, words + "steps: {}, {}, in the last tenth {})", *late)
     words = "{} to {} over the first tenth of training, {} to {} over the third, {} to {} over the last"
     assert_says(DETAILS, words, *ends, min(last), max(last))
@@ -662,40 +660,48 @@ def test_training_of_the_third_seed():
 
 
 def test_four_seeds():
-    """ABS minus the other two variants over four seeds, three and two; which runs of 64 are below which of ABS."""
+    """ABS minus the other variants over four seeds, three and two; which runs of 64 are below which of ABS."""
     values, fewer = [], []
-    for baseline in (FIXED[2], CLOCK):
+    for baseline in (FIXED[2], CLOCK, FIXED[1], FIXED[0]):
         x, y = pooled(ABS, [3, 4]), pooled(baseline, [3, 4])
         values += [x.mean() - y.mean(), report.probability_of_improvement(x, y), report.permutation_p(x, y)]
-        fewer.append([pooled(ABS, seeds).mean() - pooled(baseline, seeds).mean() for seeds in ([3], [])])
+        fewer.append([pooled(ABS, seeds).mean() - pooled(baseline, seeds).mean() for seeds in ([3], [], [3, 4])])
+    three, two, four = zip(*fewer, strict=True)
+    assert (
+        "fixed rollouts of 16, which scored higher in the mean, or of 32" in " ".join(MAIN.split()) and four[3] < 0 < four[2]
+    )
     words = "ABS minus 64 is {} in human-normalised score (probability of improvement {}; exact permutation test within games "
-    assert_says(LATER_TEXT[4], words + "p = {}), minus growth with time {} ({}; p = {}).", *values)
-    words = "With three seeds these were {} and {}, with two {} and {}."
-    assert_says(LATER_TEXT[4], words, fewer[0][0], fewer[1][0], fewer[0][1], fewer[1][1])
+    words += "p = {}), minus growth with time {} ({}; p = {}), minus 32 {} ({}; p = {}), minus 16 {} ({}; p = {})."
+    assert_says(LATER_TEXT[4], words, *values)
+    assert_says(LATER_TEXT[4], f"With three seeds these were {FOUR}, with two {FOUR}.", *three, *two)
+    assert_says(LATER_TEXT[3], f"seed-4/README.md) these are {FOUR}.", *four)
+    words = "as many gradient steps as ABS ({}, p = {}), and at 16, which takes twice as many ({}, p = {}), these runs"
+    assert_says(EVIDENCE, words, four[2], values[8], four[3], values[11])
     (pong, breakout), (pong_64, breakout_64) = (pooled(v, [3, 4]).T for v in (ABS, FIXED[2]))
     assert min(breakout) > max(breakout_64) and list(pong_64 < min(pong)) == [True, True, False, True]
     assert sum(pong < pong_64[2] - 0.05) == 2 and abs(pong - pong_64[2]).min() < 0.005
     for game in GAMES:
-        own, clock, fixed = (later.score[v, game, 4] for v in (ABS, CLOCK, FIXED[2]))
-        assert fixed < own < clock
+        own, clock, short, middle, long = (later.score[v, game, 4] for v in FIVE)
+        assert long < own < min(clock, short) and (middle > own) == (game == "Pong-v5")
 
 
 def test_training_of_the_fourth_seed():
     """Returns in parts of training; divergence in tenths."""
-    parts, variants = ((0.2, 0.25), (0.45, 0.55), (0.9, 1)), (ABS, CLOCK, FIXED[2])
-    values = [later_return(4, variant, "Breakout-v5", *part) for part in parts for variant in variants]
+    parts = (0.2, 0.25), (0.45, 0.55), (0.9, 1)
+    values = [later_return(4, variant, "Breakout-v5", *part) for part in parts for variant in FIVE]
     words = (
-        "ABS returned {}, growth with time {}, 64 steps {}, half-way {}, {} and {}, in the last tenth {}, {} and {}. In Pong"
+        "ABS returned {}, growth with time {}, 16, 32 and 64 steps {}, {} and {}, half-way {}, {}, {}, {} and {}, in the last "
     )
+    assert_says(LATER_TEXT[4], words + "tenth {}, {}, {}, {} and {}.", *values)
+    values = [later_return(4, variant, "Pong-v5", *part) for part in parts[1:] for variant in FIVE]
+    words = "In Pong half-way {}, {}, {}, {} and {}, in the last tenth {}, {}, {}, {} and {}."
     assert_says(LATER_TEXT[4], words, *values)
-    values = [later_return(4, variant, "Pong-v5", *part) for part in parts[1:] for variant in variants]
-    assert_says(LATER_TEXT[4], "In Pong half-way {}, {} and {}, in the last tenth {}, {} and {}.", *values)
-    late, runs = later_run(FIXED[2], "Pong-v5", 4), [later_run(v, game, 4) for v in variants for game in GAMES]
+    late, runs = later_run(FIXED[2], "Pong-v5", 4), [later_run(v, game, 4) for v in FIVE for game in GAMES]
     first, last = ([tenth(run, "divergence", n) for run in runs] for n in (1, 10))
     third = [tenth(run, "divergence", 3) for run in runs if run is not late]
     words = "in the first tenth of training it was {} to {}, in the third {} to {}, but with 64 in Pong {}; in the last "
     values = *(f(x) for x in (first, third) for f in (min, max)), tenth(late, "divergence", 3), min(last), max(last)
-    assert_says(LATER_TEXT[4], words + "tenth it was {} to {} in all six runs", *values)
+    assert_says(LATER_TEXT[4], words + "tenth it was {} to {} in all ten runs", *values)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
