@@ -165,11 +165,11 @@ def test_permutation_tests():
     over_64, over_clock, *_ = p(ABS)
     assert over_64 == pytest.approx(2 / 6**2)  # two of the ways to deal four runs out to two variants, in each of two games
     over_all = [report.permutation_p(*paired(baseline)) for baseline in (FIXED[2], CLOCK)]
-    words = "with twice as many gradient steps (p = {}, and {} by Holm's correction for the table's six comparisons; both"
-    assert over_all[0] == min(report.permutation_p(*paired(v)) for v in ROWS.values() if v != ABS)  # Holm: 6 times
-    assert_says(EVIDENCE, words, over_all[0], 6 * over_all[0])
-    words = "fixed rollout of 64 steps (p = {}, or {} by Holm's correction for the table's six comparisons)"
-    assert_says(MAIN, words, over_all[0], 6 * over_all[0])
+    words = "Than at 64, yes (p = {}, and {} by Holm's correction for the table's seven comparisons; both"
+    assert over_all[0] == min(report.permutation_p(*paired(v)) for v in ROWS.values() if v != ABS)  # Holm: 7 times
+    assert_says(EVIDENCE, words, over_all[0], 7 * over_all[0])
+    words = "fixed rollout of 64 steps (p = {}, or {} by Holm's correction for the table's seven comparisons)"
+    assert_says(MAIN, words, over_all[0], 7 * over_all[0])
     assert_says(EVIDENCE, "over the four, p = {}. So nothing", over_all[1])
     assert_says(DETAILS, "permutation test of ABS against 64 gives p = {} (two-sided", over_64)
     assert_says(DETAILS, "permutation test p = {}. With these seeds it looks worse", over_clock)
@@ -656,7 +656,7 @@ def test_training_of_the_third_seed():
     assert_says(LATER_TEXT[3], "went to {} and {} steps, in the study to {} to {}", *last, min(study), max(study))
     ends = [*last, *fourth, *study]
     assert_says(MAIN, "the rollout grows**, from 16 to between {} and {} of 64 steps", min(ends), max(ends))
-    assert_says(MAIN, "in {} runs of 1.5 million steps in two games", 34 + len(newer_runs) + len(later_runs))
+    assert_says(MAIN, "in {} runs of 1.5 million steps in two games", 34 + len(newer_runs) + len(later_runs) + len(equal_runs))
 
 
 def test_four_seeds():
@@ -702,6 +702,87 @@ def test_training_of_the_fourth_seed():
     words = "in the first tenth of training it was {} to {}, in the third {} to {}, but with 64 in Pong {}; in the last "
     values = *(f(x) for x in (first, third) for f in (min, max)), tenth(late, "divergence", 3), min(last), max(last)
     assert_says(LATER_TEXT[4], words + "tenth it was {} to {} in all ten runs", *values)
+
+
+EQUAL = ROOT / "benchmark" / "results" / "2026-11-27-equal-steps"
+EQUAL_TEXT, EQUAL_NAME = (EQUAL / "README.md").read_text(), "fixed 64, 64 minibatches"
+equal = pd.read_csv(EQUAL / "report" / "scores.csv")
+equal = equal[equal["state"] == "finished"].set_index(["env_id", "seed"]).sort_index()
+equal_runs, equal_curves = (
+    dict(list(pd.read_csv(EQUAL / n).groupby("run"))) for n in ("measurements.csv", "report/curves.csv")
+)
+EQUAL_SEEDS = sorted(set(equal.loc[GAMES[0]].index) & set(equal.loc[GAMES[1]].index))
+
+
+def equal_hns():
+    """Human-normalised scores (seeds, games) of fixed 64 with as many gradient steps as ABS."""
+    return np.array([[equal.hns[game, seed] for game in GAMES] for seed in EQUAL_SEEDS])
+
+
+def same_seeds(variant):
+    """The same of another variant, for the same seeds."""
+    return pooled(variant, [seed for seed in EQUAL_SEEDS if seed in LATER])[: len(EQUAL_SEEDS)]
+
+
+def test_equal_gradient_steps():
+    """Scores of fixed 64 with 64 minibatches, its gradient steps, and how much of the gap to ABS they close."""
+    assert EQUAL_SEEDS == [1, 2] and set(equal["eval_episodes"]) == {100} and len(equal_runs) == len(equal) == 4
+    scores, errors, greedy = [], [], []
+    for game in GAMES:
+        for seed in EQUAL_SEEDS:
+            run = equal.loc[game, seed]
+            scores.append(run.score)
+            errors.append(run.score_std_over_games / 99**0.5)
+            greedy.append(json.loads((EQUAL / "evaluations" / "greedy" / f"{run['run']}.json").read_text())["mean"])
+    assert all((run["rollout_length"] == 64).all() for run in equal_runs.values())
+    (steps,) = {64 * 2 * len(run) for run in equal_runs.values()}
+    cell = " | ".join(["{} ± {} ({})"] * len(scores))
+    assert_says(
+        row_of(EQUAL_TEXT, EQUAL_NAME), f"| {EQUAL_NAME} | {cell} |", *sum(zip(scores, errors, greedy, strict=True), ())
+    )
+    x, y = same_seeds(ABS), equal_hns()
+    improvement, difference, _ = zip(*report.estimate([x, y], report.comparison_functions, 2000), strict=True)
+    words = f"| {EQUAL_NAME} | {{}}, {{}} | {{}}, {{}} | {{}} | {{}} ({{}} to {{}}) | {{}} ({{}} to {{}}) | {{}} |"
+    values = *scores, steps, *difference, *improvement, report.permutation_p(x, y)
+    assert_says(row_of(MAIN, EQUAL_NAME), words, *values)
+    long, four = same_seeds(FIXED[2]), {v: pooled(v, [3, 4]) for v in (ABS, FIXED[2])}
+    gap, closed = x.mean() - long.mean(), y.mean() - long.mean()
+    words = "the variant is {} in human-normalised score above fixed 64 with 32 minibatches, and ABS {} above the variant: "
+    words += "gradient steps close {} % of the gap of {}. In both games"
+    assert_says(EQUAL_TEXT, words, closed, difference[0], 100 * closed / gap, gap)
+    assert (y > long.max(axis=0)).all() and (y < four[ABS].min(axis=0)).all()
+    ps = [report.permutation_p(a, y) for a in (four[FIXED[2]], four[ABS], x, long)]
+    words = "in place of two, the variant is {} above the latter (p = {}) and ABS {} above the variant (p = {})"
+    values = y.mean() - four[FIXED[2]].mean(), ps[0], four[ABS].mean() - y.mean(), ps[1]
+    assert_says(EQUAL_TEXT, words, *values)
+    assert ps[2] == ps[3] == pytest.approx(2 / 36)
+    assert_says(EQUAL_TEXT, "than the {} of both comparisons", ps[2])
+    words = "it closes {} % of the gap ({} of {}; p = {}), and in both games all four runs of ABS are above both of its runs "
+    words += "(p = {} with the same two seeds, the least that two can give, and {} with all four of ABS)"
+    assert_says(EVIDENCE, words, 100 * closed / gap, closed, gap, ps[3], ps[2], ps[1])
+    assert "closed some two fifths of the gap (two seeds)" in " ".join(MAIN.split()) and 0.35 < closed / gap < 0.45
+    middle = same_seeds(FIXED[1])
+    words = "it is behind by {} (p = {})"
+    assert_says(EQUAL_TEXT, words, middle.mean() - y.mean(), report.permutation_p(middle, y))
+
+
+def test_training_at_equal_gradient_steps():
+    """Returns in parts of training; in Breakout, every rollout that grows is ahead."""
+
+    def returns(game, start, end):
+        of_seeds = (equal_curves[equal.run[game, seed]] for seed in EQUAL_SEEDS)
+        parts = (c[(c["step"] > start * BUDGET) & (c["step"] <= end * BUDGET)] for c in of_seeds)
+        return [part["episodic_return"].mean() for part in parts]
+
+    parts = (0.2, 0.25), (0.45, 0.55), (0.9, 1)
+    values = [returns("Breakout-v5", *part) for part in parts]
+    assert_says(row_of(EVIDENCE, EQUAL_NAME), f"| {EQUAL_NAME} | {{}}, {{}} | {{}}, {{}} | {{}}, {{}} |", *sum(values, []))
+    words = "returned {} and {} after a fifth (20 to 25 %), {} and {} half-way and {} and {} in the last tenth"
+    assert_says(EQUAL_TEXT, words, *sum(values, []))
+    for part, own in zip(parts[:2], values, strict=False):
+        assert max(own) < min(sum((all_returns(v, *part) for v in (ABS, LETTER, EPOCHS, CLOCK)), []))
+    pong = sum((returns("Pong-v5", *part) for part in parts[1:]), [])
+    assert_says(EQUAL_TEXT, "In Pong half-way {} and {}, in the last tenth {} and {}.", *pong)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
