@@ -12,7 +12,7 @@ windows of some 8,192 steps; lowest and highest are their range, mean is their h
 median does not see, such as a compilation. EnvPool alone, our runs and the peer's alternate. Emulation,
 inference and learning are shares of the time, as the script logs them: waiting for the emulator; acting and storing;
 everything else. Prints a table and writes it as CSV, which is written anew after every run, so that a benchmark that is cut
-short leaves what it has measured. A run that fails, or cannot compute in the way its flags ask for, is named and left out.
+short leaves what it has measured. A run that fails, or cannot compute in the way its flags ask for, is named and not repeated.
 """
 
 import argparse
@@ -177,7 +177,7 @@ def main():
         print(f"{r['name']}: {r['steps_per_second'] / rows[-1]['steps_per_second']:.2f} times the speed of the peer")
     print(f"{cores} cores, {platform.machine()}, Python {platform.python_version()}, EnvPool {envpool.__version__}")
     if failed:
-        sys.exit(f"error: {len(failed)} of {len(commands)} could not be measured, see above: {'; '.join(failed)}")
+        sys.exit(f"error: {len(failed)} of {len(commands)} failed, see above: {'; '.join(failed)}")
 
 
 def table(emulator, runs):

@@ -241,6 +241,19 @@ def test_early_returns():
     assert_says(DETAILS, "(64: {} and {}; ABS: {} and {}; 16: {} and {}; 32: {} and {})", *values)
 
 
+def test_scale_epochs_begins_as_abs():
+    """Three of its four runs measure what ABS measures, number by number, for about half of training or more."""
+    shares = []
+    for game in GAMES:
+        for seed in (1, 2):
+            own, other = (measured[finished.run[v, game, seed]][["rollout_length", "divergence"]] for v in (EPOCHS, ABS))
+            n = min(len(own), len(other))
+            parted = (own[:n].fillna(-1).to_numpy() != other[:n].fillna(-1).to_numpy()).any(axis=1)
+            shares.append(100 * measured[finished.run[ABS, game, seed]]["step"].iloc[parted.argmax() - 1] / BUDGET)
+    assert_says(MAIN, "`--scale-epochs` are those of ABS for {} to {} % of training", *sorted(shares)[1::2])
+    assert_says(DETAILS, "are runs of ABS for {}, {} and {} % of training", *sorted(shares)[1:])
+
+
 def test_returns_at_equal_gradient_steps():
     """After as many as a run with 64 takes."""
 
@@ -667,6 +680,8 @@ def test_four_seeds():
         values += [x.mean() - y.mean(), report.probability_of_improvement(x, y), report.permutation_p(x, y)]
         fewer.append([pooled(ABS, seeds).mean() - pooled(baseline, seeds).mean() for seeds in ([3], [], [3, 4])])
     three, two, four = zip(*fewer, strict=True)
+    pong, breakout = (pooled(ABS, [3, 4]) - pooled(FIXED[0], [3, 4])).mean(axis=0)
+    assert pong > 0 > breakout
     assert "rollouts of 16, ahead in the mean by Breakout alone, or of 32" in " ".join(MAIN.split()) and four[3] < 0 < four[2]
     words = "ABS minus 64 is {} in human-normalised score (probability of improvement {}; exact permutation test within games "
     words += "p = {}), minus growth with time {} ({}; p = {}), minus 32 {} ({}; p = {}), minus 16 {} ({}; p = {})."

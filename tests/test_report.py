@@ -688,7 +688,7 @@ def test_throughput_goes_on_where_a_run_fails(monkeypatch, tmp_path, capsys):
     peer = ROOT / "pqn_l_abs_atari.py"
     options = ["--lengths", "16", "--flags=--compile", "--flags=--torch-threads 2", "--peer", str(peer)]
     monkeypatch.setattr(sys, "argv", ["throughput.py", *options, "--out", str(tmp_path / "speed.csv")])
-    with pytest.raises(SystemExit, match=r"1 of 3 could not be measured.*L = 16, --compile$"):
+    with pytest.raises(SystemExit, match=r"1 of 3 failed, see above: .*L = 16, --compile$"):
         throughput.main()
     assert commands == ["32", "--compile", "2", "32", "2"]
     output = capsys.readouterr()
