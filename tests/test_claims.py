@@ -1,6 +1,7 @@
 """The README's evidence is what the published measurements say: its figures, computed anew from benchmark/results and docs."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -738,7 +739,17 @@ def test_equal_gradient_steps():
     """Scores of fixed 64 with 64 minibatches, its gradient steps, and how much of the gap to ABS they close."""
     assert set(equal["eval_episodes"]) == {100} and len(equal_runs) == len(equal) == 8
     assert all((run["rollout_length"] == 64).all() for run in equal_runs.values())
+    for folder in ("report", "report_seeds_3_4"):
+        assert "num_minibatches 64, update_epochs 2," in (EQUAL / folder / "report.md").read_text()
     (steps,) = {64 * 2 * len(run) for run in equal_runs.values()}
+    adaptive_steps = [
+        gradient_steps(run, ABS)[-1]
+        for run in (*runs_of(ABS), *(later_run(ABS, game, seed) for game in GAMES for seed in LATER))
+    ]
+    assert_says(EQUAL_TEXT, "({}; ABS took {} to {})", steps, min(adaptive_steps), max(adaptive_steps))
+    seconds = pd.read_csv(EQUAL / "durations.csv").set_index("job")["seconds"][6]  # Breakout, seed 3
+    evaluating = 1 - equal_runs[equal.run["Breakout-v5", 3]]["seconds"].sum() / seconds
+    assert_says(EQUAL_TEXT, "job 6 spent {} % of its time on 100 games", 100 * evaluating)
     scores = {game: [equal.score[game, seed] for seed in ALL_SEEDS] for game in GAMES}
     for game in GAMES:
         values = []
@@ -769,40 +780,39 @@ def test_equal_gradient_steps():
     pong, breakout = zip((own - long).mean(axis=0), (adaptive - long).mean(axis=0), strict=True)
     ps = sorted([p, *(report.permutation_p(*paired(v)) for v in ROWS.values() if v != ABS)])
     assert 45 < share < 55  # "half-way"
-    assert ps.index(p) == 1  # Holm: the second of seven is multiplied by six
-
-    words = (
-        "the variant is {} in human-normalised score above fixed 64 with 32 minibatches (exact permutation test within games "
-    )
-    words += (
-        "p = {}), and ABS {} above the variant (p = {}): it closes {} % (95 % bootstrap interval {} to {}, from four seeds "
-    )
-    words += (
-        "too narrow) of the gap of {}. Over seeds 1 and 2 alone it had been {} %. It shows most in Breakout ({} of {}; Pong: "
-    )
-    values = closed, p_closed, difference[0], p, share, *ends, gap, over_two, *breakout, *pong
-    assert_says(EQUAL_TEXT, words + "{} of {})", *values)
-    words = (
-        "it closes {} % of the gap ({} of {}; p = {}), and ABS is {} above it (p = {}, or {} by Holm's correction). So some "
-    )
-    words += "half of the gap is one of gradient steps; four seeds cannot say it more exactly (95 % bootstrap interval of the "
-    words += (
-        "share {} to {} %). It shows most in Breakout ({} of {}), where every run of the control is above every run of 64; in "
-    )
-    values = share, closed, gap, p_closed, difference[0], p, 6 * p, *ends, *breakout, *pong
-    assert_says(EVIDENCE, words + "Pong it is {} of {}.", *values)
-    words = "closes {} % of the gap (p = {}), and ABS is ahead of it (p = {}, by Holm's correction {})"
-    assert_says(MAIN, words, share, p_closed, p, 6 * p)
-    assert_says(MAIN, "stays behind it (p = {}, not corrected", p)
+    assert len(ps) == 7 and ps.index(p) == 1  # Holm: the second of seven is multiplied by six
+    alone = [[report.permutation_p(x[:, [i]], y[:, [i]]) for i in (0, 1)] for x, y in ((own, long), (adaptive, own))]
+    (p_pong, p_breakout), (p_ahead, same) = alone
+    assert p_ahead == same and p_breakout == 2 / math.comb(8, 4)  # the least that is possible
     assert min(own[:, 1]) > max(long[:, 1]) and list((own < adaptive.min(axis=0)).sum(axis=0)) == [3, 3]
 
-    words = (
-        "it is behind by {} (p = {}), beside growth with time by {} (p = {}): these runs cannot tell them apart. Beside fixed "
-    )
-    words += "16, with twice as many gradient steps, it is behind by {} (p = {})."
+    words = "the variant is {} in human-normalised score above fixed 64 with 32 minibatches (exact permutation test "
+    words += "within games p = {}), and ABS {} above the variant (p = {}, by Holm's correction for the table's seven "
+    words += "comparisons {}): it closes {} % (95 % bootstrap interval {} to {}, from four seeds too narrow) of the "
+    words += "gap of {}. Over seeds 1 and 2 alone it had been {} %. In Breakout it is {} of {}, and each of its runs "
+    words += "is above all of 64 with 32 minibatches (p = {}); in Pong it is {} of {}, which cannot be told from none "
+    words += "(p = {}). In both games three of its four runs are below all of ABS (p = {} "
+    values = closed, p_closed, difference[0], p, 6 * p, share, *ends, gap, over_two, *breakout, p_breakout, *pong, p_pong, same
+    assert_says(EQUAL_TEXT, words + "in each).", *values)
+    words = "half-way between the two in the mean: {} above 64 (p = {}, not one of the table's comparisons; Breakout "
+    words += "alone, where each of its runs is above all of 64, {}, Pong alone {}). That is {} % of the gap of {} (95 "
+    words += "% bootstrap interval {} to {} %, from four seeds too narrow; Breakout {} of {}, Pong {} of {}). That ABS"
+    words += " is {} above it is not settled (p = {}, by Holm's correction {}; {} in each game alone)"
+    values = closed, p_closed, p_breakout, p_pong, share, gap, *ends, *breakout, *pong, difference[0], p, 6 * p, same
+    assert_says(EVIDENCE, words, *values)
+    words = "half-way between the two in the mean ({} % of the gap, 95 % bootstrap interval {} to {}), and that ABS "
+    words += "is ahead of "
+    assert_says(MAIN, words + "that, too, is not settled (p = {}, by Holm's correction {})", share, *ends, p, 6 * p)
+    words = "half-way between the two in the mean; that ABS is ahead of this one, too, is not settled (p = {}, by "
+    words += "Holm's correction "
+    assert_says(MAIN, words + "{})", p, 6 * p)
+
+    words = "it is behind by {} (p = {}), beside growth with time by {} (p = {}): these runs cannot tell them apart. "
+    words += "Beside fixed 16, with twice as many gradient steps, it is behind by {} (p = {})."
     others = middle, clock, short
     values = sum(([x.mean() - own.mean(), report.permutation_p(x, own)] for x in others), [])
     assert_says(EQUAL_TEXT, words, *values)
+    assert_says(EVIDENCE, "has the same minibatches and as many gradient steps ({} below, p = {})", *values[:2])
 
 
 def test_training_at_equal_gradient_steps():
@@ -828,7 +838,9 @@ def test_training_at_equal_gradient_steps():
         done = [(run["step"] <= end * BUDGET).sum() / (end * BUDGET / 4096) for run in growing for end in ends]
         ratios += [min(done), max(done)]
     for text in (MAIN, EVIDENCE):
-        assert_says(text, "taken {} to {} and {} to {} times as many gradient steps as 32", *ratios)
+        assert_says(
+            text, "taken {} to {} times as many gradient steps as 32 after a fifth, and {} to {} times half-way", *ratios
+        )
     pong = sum((returns("Pong-v5", *part) for part in parts[1:]), [])
     assert_says(EQUAL_TEXT, f"In Pong half-way {FOUR}, in the last tenth {FOUR}.", *pong)
     tenths = [[tenth(run, "divergence", n) for run in equal_runs.values()] for n in (1, 3, 10)]
