@@ -124,7 +124,7 @@ class Args:
     total_timesteps: int = 20_000_000
     """length of training in agent steps over all environments; no rollout is begun that would exceed it"""
     schedule_timesteps: int = 0
-    """agent steps over which all schedules run; 0: total-timesteps (in an extended run, its original total)"""
+    """agent steps over which decays and --adapt-signal time run; 0: total-timesteps (of an extended run, its first total)"""
     learning_rate: float = 2.5e-4
     """learning rate of the optimizer"""
     anneal_lr: bool = False
@@ -152,7 +152,7 @@ class Args:
     adapt_rollout: bool = True
     """if toggled off, every rollout has num-steps steps: the fixed-batch baseline (divergence is still measured)"""
     adapt_signal: Literal["divergence", "time"] = "divergence"
-    """what sets the target length: behavioral divergence, or the open-loop control that grows linearly with the steps"""
+    """what sets the target length: behavioral divergence, or the open-loop control: it grows linearly with the steps"""
     rollout_length_min: int = 16
     """shortest rollout in steps per environment, L_min; also the first one"""
     rollout_length_max: int = 128
@@ -1029,8 +1029,8 @@ def find_run(args):
             diverged = run_dir / "diverged.json"  # stays there when --resume has got past that step, to a later checkpoint
             if same and diverged.exists():
                 if not checkpoint or checkpoint["global_step"] < json.loads(diverged.read_text())["global_step"]:
-                    hint = "--resume continues it from before that, or remove its folder"
-                    fail(f"{run_dir} has the same arguments and diverged; {hint}")
+                    hint = "--resume continues it from before that, or " if checkpoint else ""
+                    fail(f"{run_dir} has the same arguments and diverged; {hint}remove its folder")
             if checkpoint:
                 args.precision = saved.precision
                 break
@@ -1105,13 +1105,13 @@ class NoWriter:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Speed: everything here only makes the script faster, and can be switched off
+# Speed: what makes the script faster, changes nothing else but rounding, and can be switched off
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
 def bfloat16_is_fast(device):
     """Whether the hardware multiplies bfloat16 faster than float32. Intel's processors with the instructions (avx512_bf16) but
-    without AMX do not: updates took as long."""
+    without AMX do not: one trained faster in float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
@@ -1372,7 +1372,7 @@ if __name__ == "__main__":
             learning_rate *= max(0.0, 1 - global_step / schedule_timesteps)
         optimizer.param_groups[0]["lr"] = learning_rate
 
-        # Rollout: pass t receives what the actions of pass t - 1 led to (obs[t], t - 1 of the rest), then acts on obs[t]
+        # Rollout: pass t stores what the actions of pass t - 1 led to (obs[t]; reward and ends at t - 1), then acts on obs[t]
         steps = [global_step + args.num_envs * (t + 1) for t in range(length)]
         decay_steps = args.exploration_fraction * schedule_timesteps
         epsilons = torch.tensor([linear_schedule(args.start_e, args.end_e, decay_steps, step) for step in steps])

@@ -368,7 +368,7 @@ def test_auto_resume_after_a_divergence(copy, tmp_path):
     step = load(checkpoints(run_dir)[-1])["global_step"]
     (run_dir / "diverged.json").write_text(json.dumps({"global_step": step + 1}))
     refused = run_script(script, *arguments, cwd=tmp_path)
-    assert refused.returncode == 2 and f"{run_dir.name} has the same arguments and diverged" in refused.stderr
+    assert refused.returncode == 2 and f"{run_dir.name} has the same arguments and diverged; --resume" in refused.stderr
     (run_dir / "diverged.json").write_text(json.dumps({"global_step": step}))
     result = run_script(script, *arguments, cwd=tmp_path)
     assert result.returncode == 0 and f"continuing at step {step:,} of 2,400" in result.stdout, result.stderr
