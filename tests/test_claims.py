@@ -1,5 +1,6 @@
 """The README's evidence is what the published measurements say: its figures, computed anew from benchmark/results and docs."""
 
+import itertools
 import json
 import math
 import re
@@ -166,12 +167,30 @@ def test_permutation_tests():
     over_64, over_clock, *_ = p(ABS)
     assert over_64 == pytest.approx(2 / 6**2)  # two of the ways to deal four runs out to two variants, in each of two games
     over_all = [report.permutation_p(*paired(baseline)) for baseline in (FIXED[2], CLOCK)]
-    words = "Than at 64, yes (p = {}, and {} by Holm's correction for the table's seven comparisons; both"
+    words = "Than at 64, over both games, yes (p = {}, and {} by Holm's correction for the table's seven comparisons; both"
     assert over_all[0] == min(report.permutation_p(*paired(v)) for v in ROWS.values() if v != ABS)  # Holm: 7 times
     assert_says(EVIDENCE, words, over_all[0], 7 * over_all[0])
-    words = "fixed rollout of 64 steps (p = {}, or {} by Holm's correction for the table's seven comparisons)"
+    own, long = paired(FIXED[2])
+    in_pong, in_breakout = (report.permutation_p(own[:, [i]], long[:, [i]]) for i in (0, 1))
+    assert in_breakout == 2 / math.comb(8, 4)
+    assert_says(
+        EVIDENCE, "Breakout alone {}, the least that four runs against four can give, Pong alone {})", in_breakout, in_pong
+    )
+    words = "fixed rollout of 64 steps (p = {}, by Holm's correction for the table's seven comparisons {})"
     assert_says(MAIN, words, over_all[0], 7 * over_all[0])
+    values = sum(
+        ([(x - long).mean(), report.permutation_p(x, long)] for x in (paired(v)[1] for v in (FIXED[0], CLOCK, FIXED[1]))), []
+    )
+    assert values[0] > (own - long).mean()
+    words = "fixed 16 by more than ABS ({}, p = {}), growth with time ({}, p = {}) and fixed 32 ({}, p = {};"
+    assert_says(EVIDENCE, words, *values)
+    assert_says(MAIN, "So does a fixed 16 (p = {}):", values[1])
     assert_says(EVIDENCE, "over the four, p = {}. So nothing", over_all[1])
+    pairs = [(own - long).ravel(), (paired(FIXED[2])[0] - equal_hns()).ravel()]
+    flipped = [np.abs(np.array(list(itertools.product((1, -1), repeat=8))) @ x) for x in pairs]
+    values = [np.mean(sums >= abs(x.sum()) - 1e-9) for sums, x in zip(flipped, pairs, strict=True)]
+    assert values[0] == 2 / 2**8
+    assert_says(MAIN, "p is {} for 64, the least that eight pairs can give, and {} for the control", *values)
     assert_says(DETAILS, "permutation test of ABS against 64 gives p = {} (two-sided", over_64)
     assert_says(DETAILS, "permutation test p = {}. With these seeds it looks worse", over_clock)
     over_64, *others = p(ABS, LETTER, EPOCHS)
@@ -276,11 +295,44 @@ def test_returns_at_equal_gradient_steps():
     assert_says(DETAILS, "{} and {} with 64, {} and {} with 32, {} and {} with 16, {} and {} with ABS, so that", *pong)
 
 
+def test_the_first_figure():
+    """Its caption: how far the rollout had grown while the policy still lost, at most and at the end; the scores."""
+    run = pd.read_csv(ROOT / "docs" / "pong_abs.csv")
+    before = run[run["step"] < run.loc[run["return_mean_100_games"] > -17, "step"].min()]
+    lengths = run["rollout_length"]
+    losing = before.loc[before["rollout_length"] == 36, "return_mean_100_games"]
+    assert_says(MAIN, "still loses ({} steps at a return of {})", 36, losing.min())
+    assert losing.min() > losing.max() - 0.05
+    words = "the rollout grows from {} to {} steps, then goes back to {} as the divergence rises again."
+    assert_says(MAIN, words, lengths[0], max(lengths), lengths.iloc[-1])
+    own, greedy = (json.loads((ROOT / "docs" / f"pong_abs_eval{x}.json").read_text()) for x in ("_epsilon", ""))
+    assert_says(MAIN, "policy scored {} ± {} (mean of 100 games", own["mean"], own["std"] / 99**0.5)
+    assert_says(MAIN, "its standard error; greedy {}; a human", greedy["mean"])
+
+
+def test_coverage_of_the_intervals():
+    """How often the bootstrap's 95 % interval of a difference in mean score, two games, holds the truth."""
+    rng, coverage = np.random.default_rng(1), []
+    for seeds in (4, 2):
+        runs = rng.standard_normal((2, 4000, 1, seeds, 2))  # of two variants whose scores differ by nothing but chance
+        drawn = np.take_along_axis(runs, rng.integers(seeds, size=(2, 4000, 500, seeds, 2)), 3).mean(axis=(3, 4))
+        low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5], axis=1)
+        coverage.append(100 * np.mean((low <= 0) & (high >= 0)))
+    words = r"from four seeds they cover the truth in some (\d+) % of cases only, from two in (\d+) %"
+    said = map(int, re.search(words, " ".join(MAIN.split())).groups())
+    assert list(said) == pytest.approx(coverage, abs=1.5)  # three standard errors
+
+
 @pytest.mark.parametrize("text", [EVIDENCE, DETAILS], ids=["evidence", "results"])
 def test_rollout_lengths(text):
-    """Where ABS ends."""
+    """Where ABS ends; where growth with time does."""
     ends = sorted(run["rollout_length"].iloc[-1] for run in runs_of(ABS))
     assert_says(text, "In ABS to {}, {}, {} and {} steps, not to 64", *ends)
+    runs = *runs_of(CLOCK), *(later_run(CLOCK, game, seed) for game in GAMES for seed in LATER)
+    (last,) = {run["rollout_length"].iloc[-1] for run in runs}
+    assert len(runs) == 8 and max(run["rollout_length"].max() for run in runs) == last
+    assert_says(EVIDENCE, "so that the last rollouts had {} steps, not 64", last)
+    assert_says(MAIN, "(in our runs the last rollouts had {} of 64 steps)", last)
 
 
 def test_noise_scale():
@@ -367,9 +419,10 @@ def test_bfloat16_learns_as_float32():
     difference, *interval = welch(whole, other_whole)
     assert_says(DETAILS, words, *whole, *other_whole, difference, *interval)
     mean = np.mean([whole, other_whole])
-    words = "some {}, is {} (Welch's 95 % interval {} to {}, so one below about {} % would go unnoticed"
-    assert_says(EVIDENCE, words, mean, difference, *interval, 100 * max(interval) / mean)
-    assert_says(MAIN, "(a loss below some {} % would go unnoticed), and neither", 100 * max(interval) / mean)
+    low, high = (100 * x / mean for x in interval)
+    words = "some {}, is {} (Welch's 95 % interval {} to {}, that is {} to {} % of the mean;"
+    assert_says(EVIDENCE, words, mean, difference, *interval, low, high)
+    assert_says(MAIN, "(95 % interval {} to {} % of the mean), and neither", low, high)
     words = f"over the last tenth {FOUR} against {FOUR}, {{}} ({{}} to {{}})"
     assert_says(DETAILS, words, *last, *other_last, *welch(last, other_last))
 
@@ -430,9 +483,9 @@ def test_costs():
     )
     hours = 20e6 / two / 3600
     words = (
-        "at {} steps/s (two cores, see [Speed](#speed)) a run of 20 million steps takes {} hours and the 90 runs of the first "
+        "at {} steps/s (two cores, see [Speed](#speed)) a run of 20 million steps takes {} hours without its evaluation and "
     )
-    words += "list {} days; at {} steps/s on one core, two runs at a time, {} days"
+    words += "the 90 runs of the first list {} days; at {} steps/s on one core, two runs at a time, {} days"
     assert_says(MAIN, words, two, hours, 90 * hours / 24, one, 45 * 20e6 / one / 86400)
 
 
@@ -554,6 +607,11 @@ def test_the_rival_rule():
     assert_says(NEWER_TEXT, words, *noise, np.mean(divergence), *medians)
     assert_says(EVIDENCE, "never left its minimum of 16 steps: B_simple was {} samples at most", ends[:, 2].max())
     assert_says(MAIN, "the gradient noise scale asked for {} samples at most", ends[:, 2].max())
+    above = [100 * (x > 16 * 128 // 32).mean() for x in points]
+    assert_says(MAIN, "It is more than the minibatch, of {} samples, in {} and {} % of the", 16 * 128 // 32, *above)
+    assert_says(
+        EVIDENCE, "a minibatch of {} samples: in {} and {} % of the measurements (Breakout, Pong)", 16 * 128 // 32, *above
+    )
     assert_says(
         EVIDENCE, "cost {} and {} % of the time of these runs, measuring the divergence {} %", *noise, np.mean(divergence)
     )
@@ -804,8 +862,8 @@ def test_comparisons_at_equal_gradient_steps():
     words += " is {} above it is not settled (p = {}, by Holm's correction {}; {} in each game alone)"
     values = closed, p_closed, p_breakout, p_pong, share, gap, *ends, *breakout, *pong, difference[0], p, 6 * p, same
     assert_says(EVIDENCE, words, *values)
-    words = "half-way between the two in the mean ({} % of the gap, 95 % bootstrap interval {} to {}), and that ABS "
-    words += "is ahead of that, too, is not settled (p = {}, by Holm's correction {})"
+    words = "closes {} % of the gap (95 % bootstrap interval {} to {}); that ABS is ahead of it is not settled (p = {}, by "
+    words += "Holm's correction {})"
     assert_says(MAIN, words, share, *ends, p, 6 * p)
     words = "half-way between the two in the mean; that ABS is ahead of this one, too, is not settled (p = {}, by Holm's "
     assert_says(MAIN, words + "correction {})", p, 6 * p)
