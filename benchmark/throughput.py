@@ -61,7 +61,8 @@ def run_script(command):
     """Runs a training script to its end in a folder of its own.
 
     Returns (speeds of the windows, shares of emulation, inference and learning or None, peak resident memory in GiB or None).
-    RuntimeError where it fails, or says that it runs without a compiler or CUDA graphs though asked to use them.
+    RuntimeError where it fails, or says that it runs without a compiler or CUDA graphs though asked to use them, or has been
+    compiled so often that PyTorch gave up.
     """
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
         process, peak_memory = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log), None
@@ -72,7 +73,7 @@ def run_script(command):
         output = log.read()
         if process.returncode:
             raise RuntimeError(f"{shlex.join(command)} ended with {process.returncode}:\n{output[-2000:]}")
-        if missing := re.search(r"^--\w+ finds no .*$", output, re.M):
+        if missing := re.search(r"^--\w+ finds no .*$|torch._dynamo hit .*limit.*", output, re.M):
             raise RuntimeError(f"{shlex.join(command)}: {missing[0]}")
         events = EventAccumulator(str(next(Path(folder).glob("runs/*"))), size_guidance={"scalars": 0})
         events.Reload()

@@ -115,7 +115,7 @@ def play_lamps(script, run_here, monkeypatch, folder, seed, *flags):
     exploration = EXPLORATION if hasattr(MODULES[script].Args, "start_e") else ()
     result = run_here(script, *LAMPS, *exploration, "--seed", seed, *flags)
     assert result.returncode == 0, result.stderr
-    (run_dir,) = folder.glob("runs/*")
+    (run_dir,) = folder.glob(f"runs/*__{seed}__*")
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     scores = [e.value for e in events.Scalars("charts/episodic_return")]
     network, _ = MODULES[script].load_model(run_dir / "model.pt", torch.device("cpu"))

@@ -704,6 +704,7 @@ def test_throughput_goes_on_where_a_run_fails(monkeypatch, tmp_path, capsys):
         ("import sys; print('lost'); sys.exit(3)", r"ended with 3:\s+lost"),
         ("print('--compile finds no C++ compiler or Python.h here: running eagerly')", "finds no C.. compiler"),
         ("print('--cudagraphs finds no CUDA device here: running without')", "finds no CUDA device"),
+        ("import sys; print('W1 torch._dynamo hit config.recompile_limit (8)', file=sys.stderr)", "recompile_limit"),
     ],
 )
 def test_throughput_knows_a_run_that_failed(lines, error, tmp_path):

@@ -423,13 +423,17 @@ def test_gradients_stay_where_a_graph_writes_them(script):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
 @learners
-def test_cuda_graphs_equal_plain_steps(script, monkeypatch):
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("precision, error", [("float32", 1e-2), ("bfloat16", 0.3)])
+def test_cuda_graphs_equal_plain_steps(script, precision, error, memory_format, monkeypatch):
     """Five updates each at three minibatch sizes, plain and recorded, the first size anew, end at the same weights, while the
-    learning rate changes; gradients taken between two steps, as for the noise scale, are the same and disturb neither."""
+    learning rate changes; gradients taken between two steps, as for the noise scale, are the same and disturb neither.
+
+    In bfloat16, on a CPU, samples in another order give weights 3e-4 and gradients 0.15 apart, gradients at the first weights
+    all the time, as of a graph that had kept a bfloat16 copy of them, weights 4e-3 and gradients 0.57 apart or more."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    networks, device = [fresh_network(script).cuda()], torch.device("cuda")
-    networks.append(copy.deepcopy(networks[0]))
-    between = [[], []]
+    device, between = torch.device("cuda"), [[], []]
+    networks = [script.speed_up(fresh_network(script).to(device), precision, device, False, memory_format) for _ in range(2)]
     for network, graphed in zip(networks, (False, True), strict=True):
         # RAdam begins without its adaptive part, whose steps are small: so large a rate that a wrong one would show
         kind, rate = (torch.optim.Adam, 1e-3) if hasattr(script, "Agent") else (torch.optim.RAdam, 1e-2)
@@ -447,15 +451,18 @@ def test_cuda_graphs_equal_plain_steps(script, monkeypatch):
     plain, graphed = (torch.nn.utils.parameters_to_vector(network.parameters()) for network in networks)
     assert relative_error(graphed, plain) < 1e-3
     for plain, graphed in zip(*between, strict=True):
-        assert relative_error(graphed, plain) < 1e-2
+        assert relative_error(graphed, plain) < error
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
 @learners
-def test_cuda_graphs_act_as_plain_steps(script):
-    """Recorded acting gives each group of games its own actions and values, also after another group's replay."""
-    network, device = fresh_network(script).cuda(), torch.device("cuda")
-    acting, results = script.CUDAGraphed(lambda *inputs: script.act(network, *inputs)), []
+@pytest.mark.parametrize("precision, error", [("float32", 1e-3), ("bfloat16", 2e-2)])
+def test_cuda_graphs_act_as_plain_steps(script, precision, error):
+    """Recorded acting gives each group of games its own actions and values, also after another group's replay and after the
+    weights have changed."""
+    device = torch.device("cuda")
+    network = script.speed_up(fresh_network(script).to(device), precision, device)
+    acting = script.CUDAGraphed(lambda *inputs: script.act(network, *inputs))
     generator = torch.Generator(device).manual_seed(0)
     groups = [minibatch(script, 16, device=device)[0], minibatch(script, 32, device=device)[0][16:]]
     chance = [torch.rand(16, 4, generator=generator, device=device)]
@@ -464,9 +471,10 @@ def test_cuda_graphs_act_as_plain_steps(script):
     with torch.no_grad():
         for _ in range(3):
             results = [acting(group, *chance) for group in groups]
-        expected = [script.act(network, group, *chance) for group in groups]
-    for result, plain in zip(results, expected, strict=True):
-        torch.testing.assert_close(tuple(result), tuple(plain), rtol=1e-3, atol=1e-3)
+            expected = [script.act(network, group, *chance) for group in groups]
+            for result, plain in zip(results, expected, strict=True):
+                torch.testing.assert_close(tuple(result), tuple(plain), rtol=error, atol=error)
+            torch._foreach_mul_(list(network.parameters()), 1.2)
 
 
 def final_storage(script, monkeypatch, tmp_path, *flags):
