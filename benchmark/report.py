@@ -239,8 +239,10 @@ def settings_of(args):
         return {name: value for name, value in settings.items() if not ADAPTATION.fullmatch(name)}
     if not args.get("scale_epochs"):
         settings.pop("num_steps")
-    if args.get("adapt_signal") == "time":
+    if signal_of(args) == "time":
         return {name: value for name, value in settings.items() if not SIGNAL.fullmatch(name)}
+    if signal_of(args) == "GNS":
+        settings.pop("reference_batch_size")  # of the divergence, which it only logs
     return settings
 
 
@@ -263,7 +265,7 @@ def defaults_of(script):
 
 def name_variants(scripts, all_args):
     """The variant of each run: its short label, and what differs from the usual among the runs of that label, which is the
-    default where any of them has it, else what most have."""
+    default where any of them has it (of what only an option needs: none), else what most have."""
     defaults = {script: defaults_of(script) for script in set(scripts)}
     labels = [short_label(script, args) for script, args in zip(scripts, all_args, strict=True)]
     settings = [settings_of(args) for args in all_args]
@@ -274,6 +276,7 @@ def name_variants(scripts, all_args):
         usual = {k: Counter(s.get(k, "unset") for s in alike).most_common(1)[0][0] for k in keys}
         shared = [k for k in keys if all(k in s for s in alike)]
         usual |= {k: defaults[script][k] for k in shared if defaults[script].get(k) in [s[k] for s in alike]}
+        usual |= dict.fromkeys({"num_steps", "schedule_timesteps"} & (set(keys) - set(shared)), "unset")
         values = [(k, own.get(k, "unset")) for k in keys if own.get(k, "unset") != usual[k]]
         names.append(", ".join([label] + [f"{k} {v:,}" if type(v) is int else f"{k} {v}" for k, v in values]))
     return names
@@ -458,9 +461,9 @@ def profiles(scored, variants, reps):
 
 
 def comparison_pairs(variants):
-    """Pairs (A, B) that differ in nothing but what sets the rollout length: adaptive over fixed; ABS over time, GNS and ABS
-    with other settings, all with the same range; and the shortest rollout, fixed, over other fixed ones. Besides, bfloat16
-    over float32 where nothing else differs."""
+    """Pairs (A, B) that differ in nothing but what sets the rollout length: adaptive over fixed (with --scale-epochs also in
+    epochs); ABS over time, GNS and ABS with other settings, all with the same range; and the shortest rollout, fixed, over
+    other fixed ones. Besides, bfloat16 over float32 where nothing else differs."""
 
     def rest(v):
         script = "pqn_abs_atari.py" if v["script"] == "gns_batch_atari.py" else v["script"]
@@ -469,6 +472,9 @@ def comparison_pairs(variants):
 
     def bounds(v):
         return v["args"]["rollout_length_min"], v["args"]["rollout_length_max"]
+
+    def epochs(v):
+        return v["args"].get("scale_epochs"), settings_of(v["args"]).get("num_steps")
 
     def but_precision(v):
         return v["script"], settings_of(v["args"]) | {"precision": ""}
@@ -486,7 +492,8 @@ def comparison_pairs(variants):
         elif signals[1] == "fixed":
             yield a, b
         elif signals[0] == "ABS" and bounds(variants[a]) == bounds(variants[b]):
-            if signals[1] != "ABS" or set(a.split(", ")) < set(b.split(", ")):
+            alike = epochs(variants[a]) == epochs(variants[b])
+            if set(a.split(", ")) < set(b.split(", ")) if signals[1] == "ABS" else alike:
                 yield a, b
 
 
@@ -754,16 +761,18 @@ def profile_figure(profile):
 
 
 def length_max_points(variants, compared):
-    """(family and baseline, L_max, row of comparisons.csv) of ABS over fixed, where nothing but L_max differs; a fixed rollout
-    of the shortest length is a range of one length."""
+    """(family and baseline, L_min, L_max, row of comparisons.csv) of ABS over fixed, where nothing but L_max differs; a fixed
+    rollout of the shortest length is a range of one length."""
     rows = []
     for row in compared.to_dict("records"):
         a, b = variants[row["variant"]], variants[row["baseline"]]
-        if signal_of(b["args"]) == "fixed" and a["script"] == b["script"] and signal_of(a["args"]) in ("ABS", "fixed"):
+        alike = a["script"] == b["script"] and a["args"]["precision"] == b["args"]["precision"]
+        if signal_of(b["args"]) == "fixed" and alike and signal_of(a["args"]) in ("ABS", "fixed"):
             settings = {k: v for k, v in settings_of(a["args"]).items() if k != "rollout_length_max"}
             kind = json.dumps(settings, sort_keys=True) if a["args"]["adapt_rollout"] else "fixed"
-            longest = a["args"]["rollout_length_max"] if a["args"]["adapt_rollout"] else a["args"]["num_steps"]
-            rows.append(row | {"kind": kind, "line": f"{family(a['script'])} over {row['baseline']}", "length_max": longest})
+            ends = ("rollout_length_min", "rollout_length_max") if a["args"]["adapt_rollout"] else ("num_steps", "num_steps")
+            row |= dict(zip(("length_min", "length_max"), (a["args"][end] for end in ends), strict=True))
+            rows.append(row | {"kind": kind, "line": f"{family(a['script'])} over {row['baseline']}"})
     return pd.DataFrame(rows)
 
 
@@ -772,19 +781,23 @@ def length_max_figure(points):
     lines = []
     for (line, kind), own in points.groupby(["line", "kind"], sort=False) if len(points) else ():
         if kind != "fixed" and own["length_max"].nunique() > 1:
-            fixed = points[(points["line"] == line) & (points["kind"] == "fixed")]
-            lines.append((line, pd.concat([own, fixed]).sort_values("length_max")))
+            shortest = own["length_min"].iloc[0]
+            fixed = points[(points["line"] == line) & (points["kind"] == "fixed") & (points["length_min"] == shortest)]
+            options = max((v.split(", ")[1:] for v in own["variant"]), key=len)
+            lines.append((line, shortest, options, pd.concat([own, fixed]).sort_values("length_max")))
     if not lines:
         return None
+    if len({line for line, *_ in lines}) < len(lines):  # several lines over one baseline are named by what differs
+        lines = [(", ".join([f"{line}, L_min {n}", *options]), n, options, own) for line, n, options, own in lines]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for i, (line, own) in enumerate(lines):
+    for i, (line, *_, own) in enumerate(lines):
         mean = own["mean_improvement_percent"]
         ends = [mean - own["mean_improvement_percent_low"], own["mean_improvement_percent_high"] - mean]
         x = own["length_max"] * (1 + 0.015 * (i - (len(lines) - 1) / 2))  # beside each other
         label = f"{line} ({own['games'].min()} games, {seeds_text([*own['seeds'], *own['seeds_baseline']])})"
         axis.errorbar(x, mean, np.clip(ends, 0, None), label=label, capsize=3, **style_of(i))
     axis.set_xscale("log", base=2)
-    ticks = sorted({x for _, own in lines for x in own["length_max"]})
+    ticks = sorted({x for *_, own in lines for x in own["length_max"]})
     axis.set_xticks(ticks, [str(x) for x in ticks])
     axis.minorticks_off()
     axis.axhline(0, color="black", linewidth=0.8)
