@@ -18,6 +18,7 @@ short leaves what it has measured. A run that fails, or cannot compute in the wa
 import argparse
 import csv
 import itertools
+import os
 import platform
 import re
 import shlex
@@ -34,6 +35,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+ENVIRONMENT = dict(os.environ)  # for the runs, the peer's too; the following import sets GOMP_SPINCOUNT here
 from pqn_abs_atari import atari_ids, granted_cores  # noqa: E402
 
 FIELDS = "name steps_per_second lowest highest mean windows of_emulator emulation inference learning peak_memory_gib".split()
@@ -65,7 +67,7 @@ def run_script(command):
     compiled so often that PyTorch gave up.
     """
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
-        process, peak_memory = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log), None
+        process, peak_memory = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log), None
         while process.poll() is None:
             time.sleep(0.5)
             peak_memory = peak_memory_so_far(process.pid) or peak_memory
