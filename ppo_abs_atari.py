@@ -232,7 +232,8 @@ class Args:
 # ---------------------------------------------------------------------------------------------------------------------------
 
 # Mean score of a random and of a human player, for the human-normalised score: the values in common use since Wang et al.,
-# "Dueling Network Architectures for Deep Reinforcement Learning" (arXiv 1511.06581).
+# "Dueling Network Architectures for Deep Reinforcement Learning" (arXiv 1511.06581). Some tables have 0 for a random player
+# of VideoPinball, who scored 22,745 in 100 of EnvPool's games.
 RANDOM_AND_HUMAN_SCORES = """
 Alien 227.75 7127.7 | Amidar 5.77 1719.5 | Assault 222.39 742 | Asterix 210 8503.3 | Asteroids 719.1 47388.7
 Atlantis 12850 29028.1 | BankHeist 14.2 753.1 | BattleZone 2360 37187.5 | BeamRider 363.88 16926.5 | Berzerk 123.65 2630.4
@@ -266,13 +267,14 @@ def human_normalized_score(env_id, score):
 
 
 def granted_cores():
-    """Number of CPU cores this process may use: the least of affinity, container (cgroup v2) limit and Slurm's grant."""
+    """Number of CPU cores this process may use: the least of affinity, container (cgroup) limit and Slurm's grant."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # "max 100000" where there is no limit
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of cgroup versions 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # "max 100000", or a quota of -1, where there is no limit
+            quota, period = map(int, " ".join(Path("/sys/fs/cgroup", file).read_text() for file in files).split())
+            cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
     with contextlib.suppress(KeyError, ValueError):
-        cores = min(cores, int(os.environ["SLURM_CPUS_PER_TASK"]))
+        cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK") or os.environ["SLURM_CPUS_ON_NODE"]))
     return max(1, cores)
 
 
@@ -416,7 +418,7 @@ def behavioral_divergence(new_actions, old_actions):
     new_actions and old_actions, (M,): greedy actions of the updated policy and of the one before, on the same M states.
     ValueError if they differ in shape or are empty.
     """
-    if new_actions.shape != old_actions.shape or len(new_actions) == 0:
+    if new_actions.shape != old_actions.shape or math.prod(new_actions.shape) == 0:
         raise ValueError(f"need two equal, non-empty shapes, got {tuple(new_actions.shape)} and {tuple(old_actions.shape)}")
     return int((new_actions != old_actions).sum()) / math.prod(new_actions.shape)
 
@@ -441,7 +443,7 @@ def target_rollout_length(divergence, length_min, length_max, divergence_min, di
     """
     if not (0 < length_min <= length_max and 0 < divergence_min < divergence_max) or math.isnan(divergence):
         raise ValueError("need 0 < length_min <= length_max, 0 < divergence_min < divergence_max and a divergence not NaN")
-    clipped = min(max(divergence, divergence_min), divergence_max)
+    clipped = min(max(float(divergence), divergence_min), divergence_max)
     linear = (clipped - divergence_min) / (divergence_max - divergence_min)
     if schedule == "log":
         a = math.log(clipped / divergence_min) / math.log(divergence_max / divergence_min)
@@ -466,8 +468,8 @@ def generalized_advantages(rewards, values, terminations, dones, next_values, ga
     next_values[t] is the value of the state actually reached, the last one of the episode where it ended. terminations cut
     the bootstrap; dones (terminations and time limits) cut only the lambda trace.
     """
-    advantages = torch.zeros_like(rewards)
-    trace = torch.zeros_like(rewards[0])
+    advantages = torch.zeros_like(values)
+    trace = torch.zeros_like(values[0])
     for t in reversed(range(len(rewards))):
         next_value = torch.where(terminations[t].bool(), torch.zeros_like(trace), next_values[t])
         delta = rewards[t] + gamma * next_value - values[t]
@@ -483,9 +485,10 @@ def gradient_noise_scale(gradients, minibatch_size):
     Noise estimates the trace of the covariance of one sample's gradient, signal the squared norm of the expected gradient.
     Both are unbiased, so signal can be zero or negative where noise dominates. ValueError for fewer than two gradients.
     """
-    gradients = torch.stack(list(gradients))
+    gradients = list(gradients)
     if len(gradients) < 2:
         raise ValueError("need the gradients of at least two minibatches")
+    gradients = torch.stack(gradients)
     noise = minibatch_size * float(gradients.var(0).sum())
     return noise, float(gradients.mean(0).square().sum()) - noise / (len(gradients) * minibatch_size)
 
@@ -632,7 +635,7 @@ def evaluate(network, env_id, episodes, greedy, seed, device, num_threads=0, max
     envs = AtariEnvs(
         env_id, env_seeds(seed, num_envs, evaluation=True), num_threads or granted_cores(), max_episode_steps, sticky
     )
-    rng = torch.Generator(device).manual_seed(seed)
+    rng = torch.Generator(device).manual_seed(int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]))
     share = np.full(num_envs, episodes // num_envs)
     share[: episodes % num_envs] += 1
     games, last_log = [], time.time()
@@ -710,7 +713,7 @@ def record_video(network, env_id, episodes, greedy, seed, device, folder, max_ep
     fire_on_reset = env.unwrapped.get_action_meanings()[1] == "FIRE"
     env = TimeLimit(FrameStackObservation(AtariPreprocessing(env, noop_max=30), 4), max_episode_steps)
     env = RecordVideo(env, str(folder), episode_trigger=lambda episode: True, name_prefix=env_id, fps=15)
-    rng = torch.Generator(device).manual_seed(seed)
+    rng = torch.Generator(device).manual_seed(int(np.random.SeedSequence([seed, 2]).generate_state(1)[0]))
     returns = []
     for episode in range(episodes):
         observation, _ = env.reset(seed=env_seeds(seed, episodes, evaluation=True)[episode])
@@ -872,6 +875,8 @@ def check_args(args):
         fail(f"--eval-only writes eval.json beside the model, but {Path(args.model).parent} is read-only; copy the model")
     if args.log_noise_scale and args.num_minibatches < 2:
         fail(f"--log-noise-scale compares minibatches; use --num-minibatches 2 or more, not {args.num_minibatches}")
+    if args.norm_adv and first_batch // WORLD_SIZE // args.num_minibatches < 2:
+        fail(f"--norm-adv needs minibatches of 2 samples; use --num-minibatches {first_batch // WORLD_SIZE // 2} or less")
     if args.track and getattr(importlib.util.find_spec("wandb"), "loader", None) is None:  # a folder wandb/ has no loader
         fail("--track needs Weights & Biases, which is not installed; run `pip install wandb` or leave --track out")
     if args.capture_video and not all(map(importlib.util.find_spec, ("ale_py", "cv2", "moviepy"))):

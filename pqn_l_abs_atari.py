@@ -224,7 +224,8 @@ class Args:
 # ---------------------------------------------------------------------------------------------------------------------------
 
 # Mean score of a random and of a human player, for the human-normalised score: the values in common use since Wang et al.,
-# "Dueling Network Architectures for Deep Reinforcement Learning" (arXiv 1511.06581).
+# "Dueling Network Architectures for Deep Reinforcement Learning" (arXiv 1511.06581). Some tables have 0 for a random player
+# of VideoPinball, who scored 22,745 in 100 of EnvPool's games.
 RANDOM_AND_HUMAN_SCORES = """
 Alien 227.75 7127.7 | Amidar 5.77 1719.5 | Assault 222.39 742 | Asterix 210 8503.3 | Asteroids 719.1 47388.7
 Atlantis 12850 29028.1 | BankHeist 14.2 753.1 | BattleZone 2360 37187.5 | BeamRider 363.88 16926.5 | Berzerk 123.65 2630.4
@@ -258,13 +259,14 @@ def human_normalized_score(env_id, score):
 
 
 def granted_cores():
-    """Number of CPU cores this process may use: the least of affinity, container (cgroup v2) limit and Slurm's grant."""
+    """Number of CPU cores this process may use: the least of affinity, container (cgroup) limit and Slurm's grant."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # "max 100000" where there is no limit
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of cgroup versions 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # "max 100000", or a quota of -1, where there is no limit
+            quota, period = map(int, " ".join(Path("/sys/fs/cgroup", file).read_text() for file in files).split())
+            cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
     with contextlib.suppress(KeyError, ValueError):
-        cores = min(cores, int(os.environ["SLURM_CPUS_PER_TASK"]))
+        cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK") or os.environ["SLURM_CPUS_ON_NODE"]))
     return max(1, cores)
 
 
@@ -448,7 +450,7 @@ def behavioral_divergence(new_actions, old_actions):
     new_actions and old_actions, (M,): greedy actions of the updated policy and of the one before, on the same M states.
     ValueError if they differ in shape or are empty.
     """
-    if new_actions.shape != old_actions.shape or len(new_actions) == 0:
+    if new_actions.shape != old_actions.shape or math.prod(new_actions.shape) == 0:
         raise ValueError(f"need two equal, non-empty shapes, got {tuple(new_actions.shape)} and {tuple(old_actions.shape)}")
     return int((new_actions != old_actions).sum()) / math.prod(new_actions.shape)
 
@@ -462,7 +464,7 @@ def target_rollout_length(divergence, length_min, length_max, divergence_min, di
     """
     if not (0 < length_min <= length_max and 0 < divergence_min < divergence_max) or math.isnan(divergence):
         raise ValueError("need 0 < length_min <= length_max, 0 < divergence_min < divergence_max and a divergence not NaN")
-    clipped = min(max(divergence, divergence_min), divergence_max)
+    clipped = min(max(float(divergence), divergence_min), divergence_max)
     linear = (clipped - divergence_min) / (divergence_max - divergence_min)
     if schedule == "log":
         a = math.log(clipped / divergence_min) / math.log(divergence_max / divergence_min)
@@ -487,7 +489,7 @@ def q_lambda_returns(rewards, terminations, dones, next_values, gamma, q_lambda)
     next_values[t] = max_a Q(s_{t+1}, a) at the state actually reached, the last one of the episode where it ended.
     terminations cut the bootstrap; dones (terminations and time limits) cut only the lambda trace.
     """
-    returns = torch.zeros_like(rewards)
+    returns = torch.zeros_like(next_values)
     for t in reversed(range(len(rewards))):
         bootstrap = next_values[t]
         if t + 1 < len(rewards):
@@ -504,9 +506,10 @@ def gradient_noise_scale(gradients, minibatch_size):
     Noise estimates the trace of the covariance of one sample's gradient, signal the squared norm of the expected gradient.
     Both are unbiased, so signal can be zero or negative where noise dominates. ValueError for fewer than two gradients.
     """
-    gradients = torch.stack(list(gradients))
+    gradients = list(gradients)
     if len(gradients) < 2:
         raise ValueError("need the gradients of at least two minibatches")
+    gradients = torch.stack(gradients)
     noise = minibatch_size * float(gradients.var(0).sum())
     return noise, float(gradients.mean(0).square().sum()) - noise / (len(gradients) * minibatch_size)
 

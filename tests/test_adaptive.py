@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import modules_with
@@ -27,7 +28,7 @@ def test_divergence_of_known_actions(script):
 
 
 @all_scripts
-@pytest.mark.parametrize("shapes", [((4,), (3,)), ((4,), (4, 1)), ((1,), (4,)), ((0,), (0,))], ids=str)
+@pytest.mark.parametrize("shapes", [((4,), (3,)), ((4,), (4, 1)), ((1,), (4,)), ((0,), (0,)), ((3, 0), (3, 0))], ids=str)
 def test_divergence_refuses_shapes_that_differ_or_are_empty(script, shapes):
     """Broadcasting (4,) with (4, 1) would give a plausible wrong number, an empty mean NaN."""
     new, old = (torch.zeros(shape, dtype=torch.int64) for shape in shapes)
@@ -52,6 +53,9 @@ def test_target_falls_strictly_between_the_bounds(script, schedule):
     targets = [script.target_rollout_length(0.05 + 0.9 * i / 200, *PUBLISHED, schedule) for i in range(201)]
     assert all(a > b for a, b in zip(targets, targets[1:], strict=False))
     assert all(isinstance(target, float) and 16 <= target <= 64 for target in targets)
+    for divergence in (torch.tensor(0.5), np.float32(0.5)):
+        target = script.target_rollout_length(divergence, *PUBLISHED, schedule)
+        assert type(target) is float and target == script.target_rollout_length(0.5, *PUBLISHED, schedule)
 
 
 @scripts

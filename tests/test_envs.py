@@ -260,6 +260,36 @@ def test_seeds(script):
 
 
 @scripts
+@pytest.mark.parametrize(
+    "files, environment, cores",
+    [
+        ({}, {}, 16),
+        ({"cpu.max": "max 100000\n"}, {}, 16),
+        ({"cpu.max": "350000 100000\n"}, {}, 4),
+        ({"cpu.max": "5000 100000\n"}, {}, 1),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, {}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, {}, 16),
+        ({}, {"SLURM_CPUS_PER_TASK": "6", "SLURM_CPUS_ON_NODE": "12"}, 6),
+        ({}, {"SLURM_CPUS_ON_NODE": "12"}, 12),
+        ({}, {"SLURM_CPUS_PER_TASK": "64"}, 16),
+        ({"cpu.max": "300000 100000\n"}, {"SLURM_CPUS_PER_TASK": "8"}, 3),
+    ],
+)
+def test_granted_cores(script, files, environment, cores, monkeypatch, tmp_path):
+    """The least of what affinity, the container and Slurm grant, on a machine of 16 cores."""
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(script, "Path", lambda root, name: tmp_path / name)
+    monkeypatch.setattr(script.os, "sched_getaffinity", lambda process: range(16), raising=False)
+    assert script.granted_cores() == cores
+
+
+@scripts
 def test_seeds_decide_the_games(script):
     """Equal seeds give equal first pictures and random starts differ from seed to seed."""
     first, again, other = (script.AtariEnvs("MsPacman-v5", script.env_seeds(s, 6), 1) for s in (1, 1, 2))
@@ -365,6 +395,16 @@ def test_evaluation_is_deterministic(script):
     assert play(0.5, 1) == play(0.5, 1)
     assert play(0.5, 1)["returns"] != play(0.5, 2)["returns"]
     assert play(0.5, 1)["returns"] != play(0.0, 1)["returns"]
+
+
+@ppo_scripts
+def test_ppo_evaluation_draws_its_own_noise(script, monkeypatch):
+    """Not what training with the same seed begins with."""
+    seeds, draw = [], script.gumbel_noise
+    monkeypatch.setattr(script, "gumbel_noise", lambda shape, rng: seeds.append(rng.initial_seed()) or draw(shape, rng))
+    for seed in (5, 6):
+        script.evaluate(Mostly(*[1 / 9] * 9), "MsPacman-v5", 2, False, seed, CPU, 1, max_episode_steps=3)
+    assert len(set(seeds)) == 2 and not set(seeds) & {5, 6}
 
 
 @ppo_scripts

@@ -48,7 +48,7 @@ def test_known_noise_and_signal(script):
 
 
 @scripts
-@pytest.mark.parametrize("gradients", [torch.ones(1, 3), [torch.ones(3)]], ids=["tensor", "list"])
+@pytest.mark.parametrize("gradients", [torch.ones(1, 3), [torch.ones(3)], []], ids=["tensor", "list", "none"])
 def test_one_gradient_has_no_noise_scale(script, gradients):
     """Fewer than two minibatches cannot be compared: an error, not NaN or a division by zero."""
     with pytest.raises(ValueError):
@@ -64,6 +64,8 @@ def test_length_is_the_noise_scale_over_the_environments(script):
     assert script.noise_scale_rollout_length(1.0, 1 / 3200, 128, 16, 64) == 25
     assert script.noise_scale_rollout_length(2047.9, 1.0, 128, 16, 64) == 16
     assert script.noise_scale_rollout_length(8192.9, 1.0, 128, 16, 64) == 64
+    lengths = [script.noise_scale_rollout_length(noise, 1.0, 128, 16, 64) for noise in (-1.0, 1.0, 3200.0, 1e9)]
+    assert [type(length) for length in lengths] == [float] * 4
 
 
 @rules

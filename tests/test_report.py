@@ -4,12 +4,14 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
 
 import cv2
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -356,6 +358,14 @@ def test_names_of_variants():
     # a run that was extended has the schedules of its first total
     names = labels((pqn, {}), (pqn, {}), (pqn, {"schedule_timesteps": 5_000_000}))
     assert names == ["PQN ABS 16-64"] * 2 + ["PQN ABS 16-64, schedule_timesteps 5,000,000"]
+    # also where an option has most of the runs, or the first one
+    scaled = {"scale_epochs": True}
+    names = labels((pqn, scaled), (pqn, scaled), (pqn, {}))
+    assert names == ["PQN ABS 16-64, num_steps 32, scale_epochs True"] * 2 + ["PQN ABS 16-64"]
+    names = labels((pqn, {"schedule_timesteps": 5_000_000}), (pqn, {}))
+    assert names == ["PQN ABS 16-64, schedule_timesteps 5,000,000", "PQN ABS 16-64"]
+    assert set(labels((gns, {}), (gns, {"reference_batch_size": 1024}))) == {"GNS 16-64"}  # it feeds no rule
+    assert labels((pqn, {}), (pqn, {"reference_batch_size": 1024}))[1] == "PQN ABS 16-64, reference_batch_size 1,024"
     new = dataclasses.asdict(PQN.Args())
     old = {name: value for name, value in new.items() if name != "schedule_timesteps"}  # of a script that did not know it
     assert report.name_variants([pqn, pqn], [new, old]) == ["PQN ABS 16-64"] * 2
@@ -380,6 +390,49 @@ def test_who_is_compared_with_whom():
     assert any(a == own and "scale_epochs True" in b for a, b in pairs)
     assert not any("learning_rate" in a + b or "PPO" in a + b for a, b in pairs)
     assert [(a, b) for a, b in pairs if "float32" in a + b] == [(fixed, "PQN fixed 32, precision float32")]
+
+
+def compared_pairs(*runs):
+    all_args = [dataclasses.asdict(MODULES[script].Args(**settings)) for script, settings in runs]
+    named = zip(labels(*runs), runs, all_args, strict=True)
+    variants = {name: {"script": script, "args": args} for name, (script, _), args in named}
+    return set(report.comparison_pairs(variants)), variants
+
+
+def test_more_epochs_are_compared_with_as_many():
+    """What --scale-epochs adds is no difference between two signals; over fixed rollouts and plain ABS it may stand."""
+    pqn, time, scaled = "pqn_abs_atari.py", {"adapt_signal": "time"}, {"scale_epochs": True}
+    pairs, _ = compared_pairs((pqn, scaled), (pqn, {}), (pqn, time), (pqn, time | scaled), (pqn, FIXED))
+    own, clock, more = "PQN ABS 16-64", "PQN time 16-64", ", num_steps 32, scale_epochs True"
+    assert {(a, b) for a, b in pairs if "time" in b} == {(own, clock), (own + more, clock + more)}
+    assert {(a, b) for a, b in pairs if "ABS" in b} == {(own, own + more)}
+    assert {a for a, b in pairs if b == "PQN fixed 32"} == {own, own + more, clock, clock + more}
+
+
+def test_lines_over_length_max():
+    """Only points of one L_min and one precision belong to a line, which a fixed rollout of that length begins; lines over the
+    same baseline have names of their own."""
+    pqn, lengths = "pqn_abs_atari.py", ((16, 64), (16, 128), (32, 64), (32, 128))
+    runs = [(pqn, {"rollout_length_min": low, "rollout_length_max": high}) for low, high in lengths]
+    runs += [(pqn, FIXED | {"num_steps": n}) for n in (16, 32, 64)]
+    runs = [(script, settings | {"precision": "bfloat16"}) for script, settings in runs]
+    runs += [(pqn, FIXED | {"num_steps": 64, "precision": "float32"})]
+    pairs, variants = compared_pairs(*runs)
+    numbers = {f"mean_improvement_percent{end}": 1.0 for end in ("", "_low", "_high")}
+    numbers |= {"games": 2, "seeds": 2, "seeds_baseline": 2}
+    compared = pd.DataFrame([{"variant": a, "baseline": b} | numbers for a, b in sorted(pairs)])
+    assert any("float32" in b for b in compared["baseline"])  # the pair of precisions
+    figure = report.length_max_figure(report.length_max_points(variants, compared))
+    lines = {
+        c.get_label(): [2 ** round(math.log2(x)) for x in c.lines[0].get_xdata()]  # drawn beside each other
+        for c in figure.axes[0].containers
+        if "over PQN fixed 64" in c.get_label()
+    }
+    assert {name.split(" (")[0]: x for name, x in lines.items()} == {
+        "PQN over PQN fixed 64, L_min 16": [16, 64, 128],
+        "PQN over PQN fixed 64, L_min 32": [32, 64, 128],
+    }
+    plt.close(figure)
 
 
 def test_options_are_compared_at_each_budget():
@@ -712,6 +765,16 @@ def test_throughput_knows_a_run_that_failed(lines, error, tmp_path):
     (tmp_path / "script.py").write_text(lines)
     with pytest.raises(RuntimeError, match=error):
         throughput.run_script([sys.executable, str(tmp_path / "script.py")])
+
+
+def test_throughput_runs_others_as_a_user_would(tmp_path):
+    """Without GOMP_SPINCOUNT, which our scripts set for themselves when they are imported."""
+    (tmp_path / "peer.py").write_text("import os, sys; print(os.environ.get('GOMP_SPINCOUNT')); sys.exit(3)")
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmark')!r}); import throughput; "
+    code += f"throughput.run_script([sys.executable, {str(tmp_path / 'peer.py')!r}])"
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.stderr.rstrip().endswith("ended with 3:\nNone"), result.stderr
 
 
 def test_throughput_compares_flags(monkeypatch, tmp_path):

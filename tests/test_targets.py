@@ -55,6 +55,17 @@ def test_equals_the_weighted_sum_of_n_step_returns(script, q_lambda):
 
 
 @scripts
+def test_rewards_may_be_integers(script):
+    """As an emulator gives them: the returns have fractions all the same."""
+    rewards, *rollout = random_rollout(7, 4, torch.Generator().manual_seed(0), 0.15)
+    for kind in (torch.int64, torch.int8):
+        assert torch.equal(
+            script.q_lambda_returns(rewards.to(kind), *rollout, 0.99, 0.65),
+            script.q_lambda_returns(rewards, *rollout, 0.99, 0.65),
+        )
+
+
+@scripts
 def test_known_returns(script):
     """Three steps by hand: gamma 0.5, lambda 0.5, values 4, 8, 16."""
     rewards, values = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[4.0], [8.0], [16.0]])
