@@ -494,16 +494,28 @@ def test_all_calls():
     calls, fixed, moving = calls_beside_cleanrl(
         *(
             f"throughput_cpu{name}"
-            for name in ("", "_e8fd955_first", "_6f069d0", "_2228fcf", "_c85f1d3", "_be16aab", "_1a00068", "_first")
+            for name in (
+                "",
+                "_e8fd955",
+                "_e8fd955_first",
+                "_6f069d0",
+                "_2228fcf",
+                "_c85f1d3",
+                "_be16aab",
+                "_1a00068",
+                "_first",
+            )
         )
     )
-    words = (
-        "Seven other calls, all but one of earlier versions, gave {} to {} times CleanRL at L = 32 and {} to {} with L moving"
-    )
+    words = "Eight other calls, all of earlier versions, gave {} to {} times CleanRL at L = 32 and {} to {} with L moving"
     assert_says(MAIN, words, *(f(ratios[1:]) for ratios in (fixed, moving) for f in (min, max)))
     float32 = pd.read_csv(ROOT / "docs" / "flags_amd.csv", index_col="name")["steps_per_second"].loc[
         "pqn_abs_atari.py, L = 32, --precision float32"
     ]
+    assert_says(SPEED, "on AMD {} to {} times in nine calls, so three times in some only", min(fixed), max(fixed))
+    memory = calls[0]["peak_memory_gib"].filter(like="pqn_abs")
+    assert_says(SPEED, "up to 64 steps, {} to {} GiB", min(memory), max(memory))
+    assert_says(SPEED, "{} GB: 129 x 128 x {} bytes", 129 * 128 * 4 * 84 * 84 / 1e9, 4 * 84 * 84)
     peers = [call["steps_per_second"].iloc[-1] for call in calls]
     assert_says(MAIN, "ours ran at {} steps/s in another call", float32)
     assert_says(MAIN, "{} to {} times CleanRL's rates; the rest is bfloat16", float32 / max(peers), float32 / min(peers))
@@ -907,6 +919,111 @@ def test_training_at_equal_gradient_steps():
     tenths = [[tenth(run, "divergence", n) for run in equal_runs.values()] for n in (1, 3, 10)]
     words = "it was {} to {} in the first tenth, {} to {} in the third and {} to {} in the last"
     assert_says(EVIDENCE, words, *(f(x) for x in tenths for f in (min, max)))
+
+
+PUBLISHED = ROOT / "benchmark" / "results" / "2026-11-27-published-settings"
+
+
+def test_published_settings():
+    """What one run at the published settings did in two hours."""
+    text, run, games = (
+        (PUBLISHED / "README.md").read_text(),
+        *(pd.read_csv(PUBLISHED / f"{name}.csv") for name in ("measurements", "returns")),
+    )
+    lengths, (*_, last), taken = run["rollout_length"], run["step"], run["divergence"].dropna()
+    million = 1_000_000
+
+    def part(start, end):
+        """Number and mean return of the games that ended in a part of training; the mean divergence."""
+        own = games[(games["step"] > start) & (games["step"] <= end)]
+        measured_there = run.loc[(run["step"] > start) & (run["step"] <= end), "divergence"]
+        return own["games"].sum(), np.average(own["episodic_return"], weights=own["games"]), measured_there.mean()
+
+    assert 100 * last / (20 * million) == pytest.approx(72, abs=0.5) and (run["step"].diff()[1:] == 128 * lengths[1:]).all()
+    divergences = []
+    for end in [*range(1, 15), last / million]:
+        row = row_of(text, f"{end:.1f}" if end % 1 else str(end))
+        start = math.ceil(end) - 1
+        number, mean, divergence = part(start * million, end * million)
+        divergences.append(divergence)
+        own = run[(run["step"] > start * million) & (run["step"] <= end * million)]
+        values = number, mean, divergence, own["divergence"].count(), own["rollout_length"].iloc[-1]
+        assert_says(row, " | {} | {} | {} ({}) | {} |", *values)
+    words = "went to step {} of 20 million in two hours"
+    assert_says(EVIDENCE, words, last)
+    assert_says(text, "stopped it after 1 hour {} minutes at step {},", run["seconds"].sum() / 60 - 60, last)
+    late = run["step"] > 4 * million
+    values = last / run["seconds"].sum(), 128 * lengths[late].sum() / run.loc[late, "seconds"].sum()
+    assert_says(text, "It ran at {} steps/s, at {} after the first 4 million steps", *values)
+
+    end = part(last - million / 2, last)[1]
+    assert_says(
+        text, "returned {} in the mean of the first million steps and {} in the last 500,000", part(0, million)[1], end
+    )
+    evaluations = [json.loads((PUBLISHED / "evaluations" / f"{name}.json").read_text()) for name in ("epsilon_0.01", "greedy")]
+    own, greedy = evaluations
+    assert [e["epsilon"] for e in evaluations] == [0.01, 0] and {e["episodes"] for e in evaluations} == {100}
+    score = own["mean"], own["std"] / 99**0.5
+    words = (
+        "scored {} ± {} with 1 % random actions (mean of 100 games and its standard error; median {}, from {} to {}) and {} "
+    )
+    assert_says(text, words + "greedy", *score, own["median"], own["min"], own["max"], greedy["mean"])
+    assert_says(
+        EVIDENCE, "returned {} in the mean of the last 500,000 steps; the policy it ended with scored {} ± {}", end, *score
+    )
+    assert_says(MAIN, "{} of 20 million steps in two hours on two cores, returned {} in its last", last / million, end)
+    words = "fell** from {} in the first million steps to {} in the third, the first after epsilon has decayed, and lay "
+    short_runs = [measured[finished.run[ABS, "Breakout-v5", seed]] for seed in (1, 2)]
+    short_runs += [later_run(ABS, "Breakout-v5", seed) for seed in LATER]
+    short = [tenth(x, "divergence", 10) for x in short_runs]
+    values = divergences[0], divergences[2], min(divergences[3:]), max(divergences[3:]), min(short), max(short)
+    assert_says(
+        text, words + "between {} and {} from the fourth on, below the {} to {} of ABS in Breakout in the last tenth", *values
+    )
+    assert_says(EVIDENCE, "fell to between {} and {} from the fourth million steps on", *values[2:4])
+    assert_says(MAIN, "its divergence fell to between {} and {}, and its rollout grew to {} steps", *values[2:4], max(lengths))
+
+    grown = run["step"].shift(1)[lengths.diff() > 0]
+    ends = [x["rollout_length"].iloc[-1] for x in short_runs]
+    words = (
+        "from 16 steps, first after {} steps, to {} after {}, where it stayed; the runs of ABS in the README's table ended at "
+    )
+    words += "{} to {} in Breakout. {} adaptations changed the rounded length {} times."
+    assert (lengths.diff()[1:] >= 0).all()
+    values = grown.min(), max(lengths), grown.max(), min(ends), max(ends), len(taken) - 9, len(grown)
+    assert_says(text, words, *values)
+
+    steps = [gradient_steps(x, ABS)[-1] for x in short_runs]
+    reached = run["step"][24_000 // 8 - 1]
+    there = part(reached - million / 4, reached + million / 4)[1]
+    last_tenths = [mean_return(ABS, "Breakout-v5", seed, 0.9 * BUDGET, BUDGET) for seed in (1, 2)]
+    last_tenths += [later_return(seed, ABS, "Breakout-v5", 0.9, 1) for seed in LATER]
+    words = (
+        f"took {{}} to {{}} gradient steps on 1.5 million samples and returned {FOUR} in their last tenth. Here 24,000 of the "
+    )
+    words += (
+        "{} gradient steps had been taken after {} million samples, and the return around there was {}; but from 1.3 to 1.5 "
+    )
+    values = (
+        min(steps),
+        max(steps),
+        *last_tenths,
+        8 * len(run),
+        reached / million,
+        there,
+        part(1.3 * million, 1.5 * million)[1],
+    )
+    assert_says(text, words + "million samples, where the short runs ended, it was {}, with", *values)
+    assert_says(EVIDENCE, "as many as the runs of 1.5 million steps, after {} million", reached / million)
+    values = part(9.75 * million, 10.25 * million)[1], 8 * (run["step"] <= 10 * million).sum()
+    assert_says(text, "around 10 million steps was {}, after {} gradient steps instead of", *values)
+
+    pace = run["seconds"] / lengths
+    costs = [pace[i] / pace[i + 1 : i + 4].mean() for i in grown.index]
+    for page in (text, SPEED):
+        assert_says(page, "at a new length took {} to {} of the time per step", min(costs), max(costs))
+    seconds = run["divergence_seconds"]
+    assert_says(text, "took {} s, {} % of the run", seconds.median(), 100 * seconds.sum() / run["seconds"].sum())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
