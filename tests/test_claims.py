@@ -1015,6 +1015,8 @@ def test_published_settings():
     )
     assert_says(text, words + "million samples, where the short runs ended, it was {}, with", *values)
     assert_says(EVIDENCE, "as many as the runs of 1.5 million steps, after {} million", reached / million)
+    words = "with the defaults {} in Breakout, after {} of the 20 million steps. After 1.5"
+    assert_says(MODULES["pqn_abs_atari.py"].__doc__, words, score[0], last / million)
     values = part(9.75 * million, 10.25 * million)[1], 8 * (run["step"] <= 10 * million).sum()
     assert_says(text, "around 10 million steps was {}, after {} gradient steps instead of", *values)
 
