@@ -876,7 +876,7 @@ def check_args(args):
     if args.log_noise_scale and args.num_minibatches < 2:
         fail(f"--log-noise-scale compares minibatches; use --num-minibatches 2 or more, not {args.num_minibatches}")
     if args.norm_adv and first_batch // WORLD_SIZE // args.num_minibatches < 2:
-        fail(f"--norm-adv needs minibatches of 2 samples; use --num-minibatches {first_batch // WORLD_SIZE // 2} or less")
+        fail("--norm-adv needs minibatches of 2 samples or more; use fewer of them, a larger batch or --no-norm-adv")
     if args.track and getattr(importlib.util.find_spec("wandb"), "loader", None) is None:  # a folder wandb/ has no loader
         fail("--track needs Weights & Biases, which is not installed; run `pip install wandb` or leave --track out")
     if args.capture_video and not all(map(importlib.util.find_spec, ("ale_py", "cv2", "moviepy"))):

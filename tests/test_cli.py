@@ -101,7 +101,7 @@ BAD_ARGUMENTS = [
     ("--gamma nan", "--gamma nan"),
     ("--q-lambda -0.1", "--q-lambda -0.1"),
     ("--gae-lambda 1.1", "--gae-lambda 1.1"),
-    ("--norm-adv --num-envs 1 --no-adapt-rollout --num-steps 4", "--num-minibatches 2 or less"),
+    ("--norm-adv --num-envs 1 --no-adapt-rollout --num-steps 4", "--no-norm-adv"),
     ("--clip-coef 0", "--clip-coef 0.0"),
     ("--clip-coef nan", "--clip-coef nan"),
     ("--ent-coef -0.01", "--ent-coef -0.01"),
