@@ -108,6 +108,9 @@ def test_flags_may_be_bool_or_float(script):
         assert torch.equal(script.generalized_advantages(rewards, values, *ends, next_values, 0.99, 0.95), expected)
     exact = script.generalized_advantages(rewards.double(), values.double(), *rollout[2:4], next_values.double(), 0.99, 0.95)
     assert exact.dtype == torch.float64
+    integers = rewards.round().long()
+    whole, fractions = (script.generalized_advantages(r, *rollout[1:], 0.99, 0.95) for r in (integers, integers.float()))
+    assert torch.equal(whole, fractions)
     torch.testing.assert_close(exact, explicit_advantages(*rollout, 0.99, 0.95), rtol=1e-12, atol=1e-12)
     assert all(torch.equal(a, b) for a, b in zip(rollout, copies, strict=True))
 

@@ -415,22 +415,24 @@ def test_lines_over_length_max():
     pqn, lengths = "pqn_abs_atari.py", ((16, 64), (16, 128), (32, 64), (32, 128))
     runs = [(pqn, {"rollout_length_min": low, "rollout_length_max": high}) for low, high in lengths]
     runs += [(pqn, FIXED | {"num_steps": n}) for n in (16, 32, 64)]
+    other = [runs[i][1] | {"precision": "float32"} for i in (2, 3, 5)]  # 32 to 64, 32 to 128, fixed 32
     runs = [(script, settings | {"precision": "bfloat16"}) for script, settings in runs]
-    runs += [(pqn, FIXED | {"num_steps": 64, "precision": "float32"})]
+    runs += [(pqn, settings) for settings in other]
     pairs, variants = compared_pairs(*runs)
     numbers = {f"mean_improvement_percent{end}": 1.0 for end in ("", "_low", "_high")}
     numbers |= {"games": 2, "seeds": 2, "seeds_baseline": 2}
     compared = pd.DataFrame([{"variant": a, "baseline": b} | numbers for a, b in sorted(pairs)])
-    assert any("float32" in b for b in compared["baseline"])  # the pair of precisions
+    assert ("PQN fixed 32", "PQN fixed 32, precision float32") in pairs  # of which only the arithmetic differs
     figure = report.length_max_figure(report.length_max_points(variants, compared))
     lines = {
         c.get_label(): [2 ** round(math.log2(x)) for x in c.lines[0].get_xdata()]  # drawn beside each other
         for c in figure.axes[0].containers
-        if "over PQN fixed 64" in c.get_label()
+        if "over PQN fixed 64" in c.get_label() or "float32" in c.get_label()
     }
     assert {name.split(" (")[0]: x for name, x in lines.items()} == {
         "PQN over PQN fixed 64, L_min 16": [16, 64, 128],
         "PQN over PQN fixed 64, L_min 32": [32, 64, 128],
+        "PQN over PQN fixed 32, precision float32, L_min 32, precision float32": [64, 128],
     }
     plt.close(figure)
 
