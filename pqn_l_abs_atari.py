@@ -274,8 +274,8 @@ def env_seeds(seed, num_envs, evaluation=False, start=0):
     """One emulator seed per game, (num_envs,). Training seeds are even and evaluation seeds odd, so the two never meet.
     Hashing keeps runs with neighbouring seeds apart, where EnvPool's own rule, seed + i, shares all but one game. `start`, the
     agent step at which a run is resumed, gives it other games than it began with."""
-    entropy = [seed, evaluation, start] if start else [seed, evaluation]
-    return [int(s) // 4 * 2 + evaluation for s in np.random.SeedSequence(entropy).generate_state(num_envs)]
+    seeds = np.random.SeedSequence([seed, evaluation, start]).generate_state(num_envs)
+    return [int(s) // 4 * 2 + evaluation for s in seeds]
 
 
 class AtariEnvs:
@@ -502,16 +502,21 @@ def q_lambda_returns(rewards, terminations, dones, next_values, gamma, q_lambda)
 def gradient_noise_scale(gradients, minibatch_size):
     """Noise and signal of a gradient, two floats (McCandlish et al., arXiv 1812.06162); noise / signal is B_simple.
 
-    gradients (m, num_parameters) are those of m >= 2 disjoint minibatches of minibatch_size samples at the same parameters.
+    gradients: those of m >= 2 disjoint minibatches of minibatch_size samples at the same parameters, (num_parameters,) each,
+    also from a generator, so that memory need not hold them all.
     Noise estimates the trace of the covariance of one sample's gradient, signal the squared norm of the expected gradient.
     Both are unbiased, so signal can be zero or negative where noise dominates. ValueError for fewer than two gradients.
     """
-    gradients = list(gradients)
-    if len(gradients) < 2:
+    total, squared_norms = 0, []
+    for gradient in gradients:
+        total = total + gradient
+        squared_norms.append(float(gradient.double().square().sum()))
+    m = len(squared_norms)
+    if m < 2:
         raise ValueError("need the gradients of at least two minibatches")
-    gradients = torch.stack(gradients)
-    noise = minibatch_size * float(gradients.var(0).sum())
-    return noise, float(gradients.mean(0).square().sum()) - noise / (len(gradients) * minibatch_size)
+    squared_norm_of_mean = float((total / m).double().square().sum())
+    noise = minibatch_size * (sum(squared_norms) - m * squared_norm_of_mean) / (m - 1)
+    return noise, squared_norm_of_mean - noise / (m * minibatch_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -538,21 +543,22 @@ LOSSES = ("td_loss", "q_values", "grad_norm")
 
 
 def compute_gradient(network, observations, actions, returns, weights, microbatch_size):
-    """Gradient of a minibatch's loss, the weighted mean squared error of Q(s, a): n samples, weights (n,) summing to 1,
-    or to 0 where all are reset steps.
+    """Gradient of a minibatch's loss, the weighted mean squared error of Q(s, a): n samples, weights (n,) from
+    mean_weights.
 
     No layer mixes samples, so it may run in microbatches whose gradients add up. Where several processes train together, the
     gradient is the mean of theirs. Returns (2,): loss and mean Q.
     """
     network.zero_grad()
     logs = torch.zeros(2, device=weights.device)
-    chunks = zip(*(x.split(microbatch_size) for x in (observations, actions, returns, weights)), strict=True)
-    for chunk_observations, chunk_actions, chunk_returns, chunk_weights in chunks:
-        q_values = network(chunk_observations).gather(1, chunk_actions.unsqueeze(1)).squeeze(1)
-        loss = (chunk_weights * (q_values - chunk_returns) ** 2).sum()
+    minibatch = (observations, actions, returns, weights)
+    for chunk in zip(*(x.split(microbatch_size) for x in minibatch), strict=True):
+        observations, actions, returns, weights = chunk
+        q_values = network(observations).gather(1, actions.unsqueeze(1)).squeeze(1)
+        loss = (weights * (q_values - returns) ** 2).sum()
         loss.backward()
         logs[0] += loss.detach()
-        logs[1] += (chunk_weights * q_values.detach()).sum()
+        logs[1] += (weights * q_values.detach()).sum()
     average_gradients(network)
     return logs
 
@@ -569,13 +575,15 @@ def update(network, optimizer, gradient_step, *minibatch, max_grad_norm):
 def measure_noise_scale(network, gradient_step, batch, weights, num_minibatches, seed):
     """Noise and signal of the gradient (see gradient_noise_scale) at the present parameters, over one epoch of minibatches,
     each passed to gradient_step. batch: tensors (n, ...); weights (n,) are 1 for transitions and 0 for reset steps."""
-    rng, gradients = torch.Generator(weights.device).manual_seed(seed), []  # its own, so that measuring changes no run
-    for inds in torch.randperm(len(weights), generator=rng, device=weights.device).split(len(weights) // num_minibatches):
-        mb_weights = weights[inds] / weights[inds].sum().clamp(min=1)
-        gradient_step(*(x.index_select(0, inds) for x in batch), mb_weights)
-        gradients.append(nn.utils.parameters_to_vector(p.grad for p in network.parameters()))
+    rng = torch.Generator(weights.device).manual_seed(seed)  # its own, so that measuring changes no run
+
+    def gradients():
+        for inds in torch.randperm(len(weights), generator=rng, device=weights.device).split(len(weights) // num_minibatches):
+            gradient_step(*(x.index_select(0, inds) for x in batch), mean_weights(weights[inds]))
+            yield nn.utils.parameters_to_vector(p.grad for p in network.parameters())
+
     transitions = reduce_numbers([float(weights.sum())], dist.ReduceOp.SUM)[0]
-    return gradient_noise_scale(gradients, transitions / num_minibatches)
+    return gradient_noise_scale(gradients(), transitions / num_minibatches)
 
 
 def linear_schedule(start, end, duration, t):
@@ -803,12 +811,12 @@ def given(name):
 
 def rollout_range(args):
     """Shortest and longest rollout in steps per environment that these arguments allow, and the number of which all lengths
-    are multiples, so that every minibatch has the same size: the number of minibatches or, where the range is too narrow or
-    too short for that, the least number that divides the batch evenly."""
+    are multiples, so that every minibatch has the same size: the number of minibatches or, where that is more than a quarter
+    of the shortest rollout or the range holds no multiple of it, the least number that divides the batch evenly."""
     low, high = (args.rollout_length_min, args.rollout_length_max) if args.adapt_rollout else (args.num_steps, args.num_steps)
     num_envs = args.num_envs // WORLD_SIZE  # each process splits its own part of the batch
     multiple = args.num_minibatches
-    if multiple > low or high // multiple * multiple < low:
+    if 4 * multiple > low or high // multiple * multiple < low:
         multiple //= math.gcd(multiple, num_envs)
     if high // multiple * multiple < low:
         fail(
@@ -1025,12 +1033,13 @@ def find_run(args):
         runs = sorted(Path("runs").glob(f"{glob.escape(f'{args.env_id}__{args.exp_name}__{args.seed}__')}*"), reverse=True)
         for run_dir in runs:
             saved = saved_args(run_dir)
-            same = saved and all(getattr(args, n) in ("auto", getattr(saved, n)) for n in names)  # auto: what the run had
-            if same and not claim(run_dir):
+            if not saved or any(getattr(args, n) not in ("auto", getattr(saved, n)) for n in names):  # auto: what the run had
+                continue
+            if not claim(run_dir):
                 fail(f"{run_dir} has the same arguments and {in_use}")
-            checkpoint = load_checkpoint(run_dir) if same else None
+            checkpoint = load_checkpoint(run_dir)
             diverged = run_dir / "diverged.json"  # stays there when --resume has got past that step, to a later checkpoint
-            if same and diverged.exists():
+            if diverged.exists():
                 if not checkpoint or checkpoint["global_step"] < json.loads(diverged.read_text())["global_step"]:
                     hint = "--resume continues it from before that, or " if checkpoint else ""
                     fail(f"{run_dir} has the same arguments and diverged; {hint}remove its folder")
@@ -1092,12 +1101,25 @@ def reduce_numbers(numbers, op=dist.ReduceOp.AVG):
     return (numbers / scale).tolist()
 
 
+def average(x):
+    """Mean of a tensor over the processes of torchrun; alone, the tensor itself."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x = x / dist.get_world_size()
+    return x
+
+
 def average_gradients(network):
     """Replaces all gradients by their mean over the processes of torchrun; alone, it does nothing."""
     if dist.is_initialized():
-        gradients = nn.utils.parameters_to_vector(p.grad for p in network.parameters())
-        dist.all_reduce(gradients)
-        nn.utils.vector_to_parameters(gradients / dist.get_world_size(), (p.grad for p in network.parameters()))
+        gradients = average(nn.utils.parameters_to_vector(p.grad for p in network.parameters()))
+        nn.utils.vector_to_parameters(gradients, (p.grad for p in network.parameters()))
+
+
+def mean_weights(weights):
+    """Weights (n,) that make a sum over a minibatch the mean over its transitions (1 in weights; reset steps are 0). With
+    torchrun, the mean of the processes' sums is that over the transitions of all."""
+    return weights / average(weights.sum()).clamp(min=1 / WORLD_SIZE)
 
 
 class NoWriter:
@@ -1220,7 +1242,7 @@ if __name__ == "__main__":
         else:
             dist.init_process_group("gloo")
     if args.precision == "auto":
-        args.precision = "bfloat16" if bfloat16_is_fast(device) else "float32"
+        args.precision = "bfloat16" if reduce_numbers([bfloat16_is_fast(device)], dist.ReduceOp.MIN)[0] else "float32"
     if args.compile and not compiler_is_there(device):
         missing = "Triton, C compiler" if device.type == "cuda" else "C++ compiler"
         print(f"--compile finds no {missing} or Python.h (python3-dev) here: running eagerly", flush=True)
@@ -1270,6 +1292,8 @@ if __name__ == "__main__":
     # Network
     network = speed_up(QNetwork(num_actions).to(device), args.precision, device, args.compile, args.memory_format)
     optimizer = torch.optim.RAdam(network.parameters(), lr=args.learning_rate, foreach=True)
+    for parameter in network.parameters() if WORLD_SIZE > 1 else ():
+        dist.broadcast(parameter.data, 0)  # different machines may not agree in the last bits of the first weights
     act_step = partial(act, network)
     microbatch_size = args.microbatch_size or (512 if device.type == "cpu" else 2**31)
     gradient_step = partial(compute_gradient, network, microbatch_size=microbatch_size)
@@ -1310,6 +1334,9 @@ if __name__ == "__main__":
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(folder := [run_dir])
         run_dir = folder[0]
+    if RANK == 0:
+        write_json(run_dir / "args.json", vars(args))
+        keep_source(run_dir, device)
     threads = f"{torch.get_num_threads()} PyTorch and {sum(min(env_threads, e.num_envs) for e in pools)} emulator threads"
     if WORLD_SIZE > 1:
         threads += f", {WORLD_SIZE} processes"
@@ -1333,9 +1360,6 @@ if __name__ == "__main__":
     writer = SummaryWriter(str(run_dir), purge_step=global_step + 1 if checkpoint else None) if RANK == 0 else NoWriter()
     if not checkpoint:
         writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-    if RANK == 0:
-        write_json(run_dir / "args.json", vars(args))
-        keep_source(run_dir, device)
 
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True, file=sys.stdout, disable=None)
     start_step, last_checkpoint_step, last_log = global_step, global_step, time.time()
@@ -1446,8 +1470,7 @@ if __name__ == "__main__":
         logs = torch.zeros(len(LOSSES), device=device)
         for _ in range(epochs):
             for inds in torch.randperm(length * num_envs, generator=rng, device=device).split(minibatch_size):
-                mb_weights = b_weights[inds] / b_weights[inds].sum().clamp(min=1)
-                logs += update_step(*(x.index_select(0, inds) for x in batch), mb_weights)
+                logs += update_step(*(x.index_select(0, inds) for x in batch), mean_weights(b_weights[inds]))
         losses = reduce_numbers((logs / (epochs * args.num_minibatches)).tolist())  # all processes see where one is not finite
         for name, loss in zip(LOSSES, losses, strict=True):
             writer.add_scalar(f"losses/{name}", loss, global_step)

@@ -8,10 +8,11 @@
 Every line is a training run of its own process with the same number of samples and epochs (128 environments, 4 minibatches, 2
 epochs, with PPO 4), and so of updates where the length is the same. It is timed by the wall clock between its TensorBoard
 points: emulation, inference, learning and logging are all in it, the first quarter of the run is not. Speed is the median over
-windows of some 8,192 steps; lowest and highest are their range, mean is their harmonic mean, in which a pause counts that the
-median does not see, such as a compilation. EnvPool alone, our runs and the peer's alternate. Emulation,
-inference and learning are shares of the time, as the script logs them: waiting for the emulator; acting and storing;
-everything else. Prints a table and writes it as CSV, which is written anew after every run, so that a benchmark that is cut
+windows of 8,192 steps or somewhat more (whole rollouts); lowest and highest are their range, mean is their harmonic mean, in
+which a pause counts that the median does not see, such as a compilation. EnvPool alone, our runs and the peer's alternate.
+Emulation, inference and learning are shares of the time, as the script logs them: waiting for the emulator; acting and
+storing; everything else. Where L moves, it grows through its whole range; the lengths that the windows hold are in
+rollout_lengths. Prints a table and writes it as CSV, which is written anew after every run, so that a benchmark that is cut
 short leaves what it has measured. A run that fails, or cannot compute in the way its flags ask for, is named and not repeated.
 """
 
@@ -39,6 +40,7 @@ ENVIRONMENT = dict(os.environ)  # for the runs, the peer's too; the following im
 from pqn_abs_atari import atari_ids, granted_cores  # noqa: E402
 
 FIELDS = "name steps_per_second lowest highest mean windows of_emulator emulation inference learning peak_memory_gib".split()
+FIELDS += ["rollout_lengths"]
 
 
 def measure_envpool(env_id, num_envs, num_threads, seconds, warmup):
@@ -62,9 +64,9 @@ def measure_envpool(env_id, num_envs, num_threads, seconds, warmup):
 def run_script(command):
     """Runs a training script to its end in a folder of its own.
 
-    Returns (speeds of the windows, shares of emulation, inference and learning or None, peak resident memory in GiB or None).
-    RuntimeError where it fails, or says that it runs without a compiler or CUDA graphs though asked to use them, or has been
-    compiled so often that PyTorch gave up.
+    Returns (speeds of the windows, shares of emulation, inference and learning or None, peak resident memory in GiB or None,
+    rollout lengths in the windows or an empty list). RuntimeError where it fails, or says that it runs without a compiler or
+    CUDA graphs though asked to use them, or has been compiled so often that PyTorch gave up, or is too short for a window.
     """
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
         process, peak_memory = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log), None
@@ -86,12 +88,16 @@ def run_script(command):
         if point[1] - start[1] >= 8192:
             speeds.append((point[1] - start[1]) / (point[0] - start[0]))
             start = point
-    shares = None
+    if not speeds:
+        raise RuntimeError(f"{shlex.join(command)} is over before it has a window of 8,192 steps; use more --steps")
+    shares, lengths = None, []
+    if "abs/rollout_length" in events.Tags()["scalars"]:
+        lengths = [int(p.value) for p in events.Scalars("abs/rollout_length") if points[0][1] < p.step <= start[1]]
     if "time/learning" in events.Tags()["scalars"]:
         times = [[p.value for p in events.Scalars(f"time/{n}")] for n in ("emulation", "inference", "learning")]
         seconds = [sum(t[len(t) // 4 :]) for t in times]
         shares = [s / sum(seconds) for s in seconds]
-    return speeds, shares, peak_memory
+    return speeds, shares, peak_memory, lengths
 
 
 def peak_memory_so_far(pid):
@@ -142,9 +148,10 @@ def main():
         for length in dict.fromkeys(str(longest) if n == "max" else n for n in args.lengths):
             name, flags = f"L = {length}", f"--no-adapt-rollout --num-steps {length}"
             if length == "moving":
-                # Through the whole range within the run, in steps of the number of minibatches: 16, 20, ..., 64
-                name = f"L = 16 to {longest}, moving"
+                # From 16 to the longest, which the last rollout has, in multiples of the number of minibatches
+                name, growth = "L moving", args.steps - 128 * longest
                 flags = f"--rollout-length-max {longest} --adapt-interval 1 --adapt-signal time --rollout-smoothing 1"
+                flags += f" --schedule-timesteps {growth}"
             flags = shlex.split(f"{common} --eval-episodes 0 {flags} {more_flags}")
             name = f"{script}, {name}" + f", {more_flags}" * bool(more_flags)
             commands[name] = [sys.executable, str(ROOT / script), *flags]
@@ -193,16 +200,18 @@ def table(emulator, runs):
             shares = [r[1] for r in results if r[1]]
             mean_shares = np.mean(shares, axis=0) if shares else None
             peaks = [r[2] for r in results if r[2]]
-            rows.append(row(name, speeds, rate, mean_shares, max(peaks, default=None)))
+            lengths = sorted({length for r in results for length in r[3]})
+            lengths = " to ".join(map(str, lengths[:1] + lengths[1:][-1:]))
+            rows.append(row(name, speeds, rate, mean_shares, max(peaks, default=None), lengths))
     return rows
 
 
-def row(name, speeds, rate, shares=None, memory=None):
+def row(name, speeds, rate, shares=None, memory=None, lengths=""):
     median = float(np.median(speeds))
     mean = len(speeds) / sum(1 / speed for speed in speeds)  # windows are of steps, not of time
     cells = [name, *map(round, (median, min(speeds), max(speeds), mean)), len(speeds), round(median / rate, 3)]
     cells += ["", "", ""] if shares is None else [round(float(s), 3) for s in shares]
-    return dict(zip(FIELDS, [*cells, "" if memory is None else round(memory, 2)], strict=True))
+    return dict(zip(FIELDS, [*cells, "" if memory is None else round(memory, 2), lengths], strict=True))
 
 
 if __name__ == "__main__":

@@ -125,6 +125,17 @@ def test_lengths_are_multiples_in_range_and_minibatches_equal(script, adapt_roll
 
 
 @all_scripts
+@pytest.mark.parametrize(
+    "num_minibatches, multiple", [(1, 1), (3, 3), (4, 4), (5, 5), (6, 3), (8, 1), (16, 1), (32, 1), (48, 3)]
+)
+def test_many_minibatches_leave_the_steps_between_lengths_small(script, num_minibatches, multiple):
+    """With 16 to 64 steps: multiples of the number of minibatches up to a quarter of 16, then of the least that divides; of 5
+    with 128 environments there is none smaller."""
+    args = script.Args(num_minibatches=num_minibatches, rollout_length_min=16, rollout_length_max=64)
+    assert script.rollout_range(args) == (16, 64, multiple)
+
+
+@all_scripts
 def test_rounding_takes_the_nearest_length(script):
     """Rounding adds no drift: never further from the wanted length than half a step, except at the ends of the range."""
     for wanted in [16 + i / 7 for i in range(48 * 7 + 1)]:

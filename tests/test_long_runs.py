@@ -18,6 +18,7 @@ import torch
 from conftest import DISTINCT, MODULES, ROOT, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_learning import EXPLORATION, LAMPS
+from test_speed import fresh_network, gradients_and_logs, minibatch
 
 PQN = "pqn_abs_atari.py"
 SIZE = (
@@ -585,6 +586,48 @@ def test_the_noise_scale_counts_the_samples_of_all_processes(script, monkeypatch
     assert alone > 0 and together == pytest.approx(2 * alone)
 
 
+GRADIENTS_OF_HALVES = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[2])
+from conftest import MODULES
+from test_speed import fresh_network, gradients_and_logs, minibatch
+script = MODULES[Path(sys.argv[1]).name]
+dist.init_process_group("gloo")
+*samples, _ = minibatch(script, size=32)
+half = slice(16 * dist.get_rank(), 16 * dist.get_rank() + 16)
+results = []
+for weights in torch.load("weights.pt"):
+    mb_weights = script.mean_weights(weights[half])
+    gradient, logs = gradients_and_logs(script, fresh_network(script), *(x[half] for x in samples), mb_weights)
+    results.append((gradient, torch.tensor(script.reduce_numbers(logs.tolist()))))
+torch.save(results, f"rank{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("script", [PQN, "ppo_abs_atari.py"])
+def test_two_processes_compute_the_gradient_of_one(script, tmp_path):
+    """The mean over the transitions of both, PPO's advantages normalised over both, however unevenly the reset steps fall."""
+    module, weights = MODULES[script], torch.ones((4, 32))
+    weights[1, [1, 20, 21, 22, 23, 24, 25, 26, 27, 28]] = 0
+    weights[2, 16:] = 0  # the second process has none but reset steps
+    weights[3] = 0
+    torch.save(weights, tmp_path / "weights.pt")
+    (tmp_path / "halves.py").write_text(GRADIENTS_OF_HALVES)
+    process = start(script, ROOT / "tests", cwd=tmp_path, command=(*TORCHRUN, str(tmp_path / "halves.py")))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    *samples, _ = minibatch(module, size=32)
+    for rank in range(2):
+        for (gradient, logs), of_all in zip(torch.load(tmp_path / f"rank{rank}.pt"), weights, strict=True):
+            plain, plain_logs = gradients_and_logs(module, fresh_network(module), *samples, module.mean_weights(of_all))
+            torch.testing.assert_close(gradient, plain, rtol=1e-3, atol=1e-5 * float(plain.abs().max()) + 1e-12)
+            torch.testing.assert_close(logs, plain_logs.to(logs), rtol=1e-4, atol=1e-6)
+
+
 def test_checkpoints_come_by_the_clock(run_here, monkeypatch):
     """Without --checkpoint-interval too a run saves on the way, not at its end alone."""
     clock, replace, saved = time.time, os.replace, []
@@ -602,11 +645,16 @@ KEEP_PARAMETERS = """
 import os, runpy, sys, torch
 script, sys.argv = sys.argv[1], sys.argv[1:]
 import torch.distributed as dist
+rank = int(os.environ["RANK"])
+# as machines of two kinds would: other first weights, other instructions
+manual_seed = torch.manual_seed
+torch.manual_seed = lambda seed: manual_seed(seed + rank)
+torch.cpu.get_capabilities = lambda: {"amx_bf16": rank == 1}
 destroy = dist.destroy_process_group
 def keep_then_destroy():
     g = sys._getframe(1).f_globals
     kept = {k: g[k] for k in ("rollout_length", "iteration", "num_measurements", "seeds")}
-    kept["noise_scales"] = list(g["noise_scales"])
+    kept |= {"noise_scales": list(g["noise_scales"]), "precision": g["args"].precision}
     kept |= {"weights": g["network"].state_dict(), "random_states": [g[k].get_state() for k in ("rng", "reference_rng")]}
     torch.save(kept, f"rank{os.environ['RANK']}.pt")
     destroy()
@@ -626,8 +674,9 @@ def test_two_processes_stay_one_policy(script, tmp_path):
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     first, second = (load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    for name in ("weights", "rollout_length", "iteration", "num_measurements", "noise_scales"):
+    for name in ("weights", "rollout_length", "iteration", "num_measurements", "noise_scales", "precision"):
         assert same(first[name], second[name]), name
+    assert first["precision"] == "float32"  # the second process alone would take bfloat16
     assert first["num_measurements"] > 20
     if script != "gns_batch_atari.py":  # the noise scale of so few samples asks for the shortest rollout
         assert first["rollout_length"] != 4

@@ -710,7 +710,7 @@ def test_throughput_looks_before_it_measures(options):
 
 def test_throughput_leaves_what_it_measured(monkeypatch, tmp_path):
     """A benchmark that ends in the middle has written the median, range and shares of the runs that it made."""
-    results = iter([([100.0, 300.0, 200.0], [0.5, 0.2, 0.3], 1.5)])
+    results = iter([([100.0, 300.0, 200.0], [0.5, 0.2, 0.3], 1.5, [28, 48, 32])])
 
     def run_script(command):
         result = next(results, None)
@@ -724,7 +724,7 @@ def test_throughput_leaves_what_it_measured(monkeypatch, tmp_path):
     emulator, script = pd.read_csv(tmp_path / "speed.csv").to_dict("records")
     assert emulator["steps_per_second"] == 1000 and script["name"] == "pqn_abs_atari.py, L = 16"
     expected = {"steps_per_second": 200, "lowest": 100, "highest": 300, "of_emulator": 0.2, "learning": 0.3}
-    expected |= {"mean": round(3 / (1 / 100 + 1 / 200 + 1 / 300)), "windows": 3}
+    expected |= {"mean": round(3 / (1 / 100 + 1 / 200 + 1 / 300)), "windows": 3, "rollout_lengths": "28 to 48"}
     assert expected.items() <= script.items()
 
 
@@ -736,7 +736,7 @@ def test_throughput_goes_on_where_a_run_fails(monkeypatch, tmp_path, capsys):
         commands.append(command[-1])
         if command[-1] == "--compile":
             raise RuntimeError("no compiler")
-        return [100.0 * len(commands)], None, None
+        return [100.0 * len(commands)], None, None, []
 
     monkeypatch.setattr(throughput, "run_script", run_script)
     monkeypatch.setattr(throughput, "measure_envpool", lambda *arguments, **options: [1000.0])
@@ -751,6 +751,35 @@ def test_throughput_goes_on_where_a_run_fails(monkeypatch, tmp_path, capsys):
     names = list(pd.read_csv(tmp_path / "speed.csv")["name"])
     assert names[1:] == ["pqn_abs_atari.py, L = 16, --torch-threads 2", "peer pqn_l_abs_atari.py, L = 32"]
     assert f"{names[1]}: 1.60 times the speed of the peer" in output.out
+
+
+SCALARS = """
+from torch.utils.tensorboard import SummaryWriter
+writer, step = SummaryWriter("runs/one"), 0
+for i, (length, seconds) in enumerate({iterations}):
+    step += 128 * length
+    writer.add_scalar("charts/SPS", 0, step, walltime=seconds)
+    writer.add_scalar("abs/rollout_length", length, step, walltime=seconds)
+writer.close()
+"""
+
+
+def test_throughput_times_windows(tmp_path):
+    """Of 8,192 steps or more by the wall clock, after the first quarter; the lengths are those of the windows alone."""
+    iterations = [(16, 5), (24, 6), (32, 8), (32, 10), (48, 16), (16, 17), (36, 20), (20, 21)]  # 224 x 128 steps
+    (tmp_path / "script.py").write_text(SCALARS.format(iterations=iterations))
+    speeds, shares, memory, lengths = throughput.run_script([sys.executable, str(tmp_path / "script.py")])
+    # the first quarter ends with the third rollout, from whose end on time is taken: 32 + 48 rows of 128, then 16 + 36 and
+    # 20 make 72
+    assert speeds == pytest.approx([80 * 128 / 8, 72 * 128 / 5])
+    assert shares is None and lengths == [32, 48, 16, 36, 20]
+
+
+def test_throughput_needs_a_window(tmp_path):
+    """A run of a few long rollouts may end before there is one: that is said, and no error of Python's."""
+    (tmp_path / "script.py").write_text(SCALARS.format(iterations=[(512, 1)]))
+    with pytest.raises(RuntimeError, match="window of 8,192 steps; use more --steps"):
+        throughput.run_script([sys.executable, str(tmp_path / "script.py")])
 
 
 @pytest.mark.parametrize(
@@ -782,7 +811,7 @@ def test_throughput_runs_others_as_a_user_would(tmp_path):
 def test_throughput_compares_flags(monkeypatch, tmp_path):
     """A line for each set of flags that --flags gives, in turn, and the flags in its name; none for no flags."""
     commands = []
-    monkeypatch.setattr(throughput, "run_script", lambda command: commands.append(command) or ([100.0, 200.0], None, 1.0))
+    monkeypatch.setattr(throughput, "run_script", lambda command: commands.append(command) or ([100.0, 200.0], None, 1.0, []))
     monkeypatch.setattr(throughput, "measure_envpool", lambda *arguments, **options: [1000.0])
     flags = ["--flags=", "--flags=--compile", "--flags=--precision float32"]
     options = ["--lengths", "32", "--rounds", "2", *flags, "--out", str(tmp_path / "speed.csv")]
@@ -797,7 +826,7 @@ def test_throughput_compares_flags(monkeypatch, tmp_path):
 def test_throughput_gives_the_peer_as_many_epochs(monkeypatch, tmp_path):
     """As the script beside it has by default; the emulator alone is measured in every round."""
     commands, emulator = [], []
-    monkeypatch.setattr(throughput, "run_script", lambda command: commands.append(command) or ([100.0, 200.0], None, None))
+    monkeypatch.setattr(throughput, "run_script", lambda command: commands.append(command) or ([100.0, 200.0], None, None, []))
     monkeypatch.setattr(throughput, "measure_envpool", lambda *arguments, **options: emulator.append(1) or [1000.0])
     for script in ("pqn_abs_atari.py", "ppo_abs_atari.py"):
         options = ["--scripts", script, "--peer", str(ROOT / script), "--lengths", "32", "--out", str(tmp_path / "speed.csv")]
