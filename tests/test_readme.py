@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = README + "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("own_script", "evidence"))
+PAGES = README + "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("own_script", "evidence", "many_runs"))
 RESULTS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("benchmark/results/*/README.md"))]
 
 
@@ -53,7 +53,9 @@ def test_flags_exist():
     assert len(flags) > 15
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/speed.md", "docs/evidence.md", "docs/own_script.md", *RESULTS])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/speed.md", "docs/evidence.md", "docs/own_script.md", "docs/many_runs.md", *RESULTS]
+)
 def test_linked_files_exist(page):
     """Every relative link and picture leads to a file of the repository, and one to a heading to a heading."""
     text = (ROOT / page).read_text()
