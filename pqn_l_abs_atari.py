@@ -509,12 +509,13 @@ def gradient_noise_scale(gradients, minibatch_size):
     """
     total, squared_norms = 0, []
     for gradient in gradients:
+        gradient = gradient.double()  # noise is a small difference of large sums
         total = total + gradient
-        squared_norms.append(float(gradient.double().square().sum()))
+        squared_norms.append(float(gradient.square().sum()))
     m = len(squared_norms)
     if m < 2:
         raise ValueError("need the gradients of at least two minibatches")
-    squared_norm_of_mean = float((total / m).double().square().sum())
+    squared_norm_of_mean = float((total / m).square().sum())
     noise = minibatch_size * (sum(squared_norms) - m * squared_norm_of_mean) / (m - 1)
     return noise, squared_norm_of_mean - noise / (m * minibatch_size)
 
@@ -1091,7 +1092,8 @@ def explain_os_error(kind, error, traceback):
 
 
 def reduce_numbers(numbers, op=dist.ReduceOp.AVG):
-    """Mean of each number over the processes of torchrun (or the sum or maximum, as `op` says), a list of floats."""
+    """Mean of each number over the processes of torchrun (or the sum, least or greatest, as `op` says), a list of floats;
+    alone, the numbers themselves."""
     if not dist.is_initialized():
         return numbers
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -1102,7 +1104,7 @@ def reduce_numbers(numbers, op=dist.ReduceOp.AVG):
 
 
 def average(x):
-    """Mean of a tensor over the processes of torchrun; alone, the tensor itself."""
+    """Mean of a tensor over the processes of torchrun, which overwrites it; alone, the tensor itself."""
     if dist.is_initialized():
         dist.all_reduce(x)
         x = x / dist.get_world_size()
@@ -1458,7 +1460,7 @@ if __name__ == "__main__":
         if measure and args.log_noise_scale:
             start = time.perf_counter()
             epoch = (batch, b_weights, args.num_minibatches, rank_seed + iteration)
-            noise_scales.append(measure_noise_scale(network, gradient_step, *epoch))
+            noise_scales.append(reduce_numbers(measure_noise_scale(network, gradient_step, *epoch)))
             mean_noise, mean_signal = np.mean(noise_scales, axis=0)
             b_simple = mean_noise / mean_signal if mean_signal > 0 else math.inf  # a ratio of means, not a mean of ratios
             writer.add_scalar("gns/noise", noise_scales[-1][0], global_step)

@@ -8,7 +8,7 @@
 Every line is a training run of its own process with the same number of samples and epochs (128 environments, 4 minibatches, 2
 epochs, with PPO 4), and so of updates where the length is the same. It is timed by the wall clock between its TensorBoard
 points: emulation, inference, learning and logging are all in it, the first quarter of the run is not. Speed is the median over
-windows of 8,192 steps or somewhat more (whole rollouts); lowest and highest are their range, mean is their harmonic mean, in
+windows of 8,192 steps or more, in whole rollouts; lowest and highest are their range, mean is their harmonic mean, in
 which a pause counts that the median does not see, such as a compilation. EnvPool alone, our runs and the peer's alternate.
 Emulation, inference and learning are shares of the time, as the script logs them: waiting for the emulator; acting and
 storing; everything else. Where L moves, it grows through its whole range; the lengths that the windows hold are in
@@ -124,9 +124,12 @@ def main():
     lengths = all(n in ("max", "moving") or (n.isdigit() and int(n) > 0) for n in args.lengths)
     if args.rounds < 1 or not lengths:
         sys.exit('error: --rounds must be 1 or more, and --lengths numbers of steps, "max" or "moving"')
+    longest_of = {script: 128 if Path(script).name.startswith(("pqn_l_", "pqn_xl_")) else 64 for script in args.scripts}
     needed = max(4 * 8192, *(2 * 128 * int(n) for n in args.lengths if n.isdigit()), 0)
+    if "moving" in args.lengths:
+        needed = max(needed, 4 * 128 * max(longest_of.values()))
     if args.steps < needed:
-        sys.exit(f"error: --steps {args.steps} is too few for a window of two rollouts; use {needed} or more")
+        sys.exit(f"error: --steps {args.steps} is too few for these --lengths; use {needed} or more")
     if args.env_id not in atari_ids():
         sys.exit(f"error: --env-id {args.env_id} is not one of EnvPool's Atari games; use one, such as Breakout-v5")
     for path in [ROOT / script for script in args.scripts] + [args.peer] * bool(args.peer):
@@ -144,12 +147,12 @@ def main():
     common = f"--env-id {args.env_id} --num-envs 128 --num-minibatches 4 --total-timesteps {args.steps}"
     commands = {}
     for script, more_flags in itertools.product(args.scripts, args.flags or [""]):
-        longest = 128 if Path(script).name.startswith(("pqn_l_", "pqn_xl_")) else 64
+        longest = longest_of[script]
         for length in dict.fromkeys(str(longest) if n == "max" else n for n in args.lengths):
             name, flags = f"L = {length}", f"--no-adapt-rollout --num-steps {length}"
             if length == "moving":
-                # From 16 to the longest, which the last rollout has, in multiples of the number of minibatches
-                name, growth = "L moving", args.steps - 128 * longest
+                # In multiples of the number of minibatches from 16 to the longest, which at least the last rollout has
+                name, growth = "L moving", args.steps - 2 * 128 * longest
                 flags = f"--rollout-length-max {longest} --adapt-interval 1 --adapt-signal time --rollout-smoothing 1"
                 flags += f" --schedule-timesteps {growth}"
             flags = shlex.split(f"{common} --eval-episodes 0 {flags} {more_flags}")

@@ -495,6 +495,9 @@ def test_costs():
     )
     words += "the 90 runs of the first list {} days; at {} steps/s on one core, two runs at a time, {} days"
     assert_says(MAIN, words, two, hours, 90 * hours / 24, one, 45 * 20e6 / one / 86400)
+    slow = throughput_call("throughput_cpu_zen3_second")["steps_per_second"][MOVING]
+    assert "three to fourteen hours on [two cores]" in " ".join(MAIN.split())
+    assert (round(hours), round(20e6 / slow / 3600)) == (3, 14)
 
 
 def test_all_calls():

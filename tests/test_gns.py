@@ -43,6 +43,9 @@ def test_known_noise_and_signal(script):
         noise, signal = script.gradient_noise_scale(given, 5)
         assert (noise, signal) == (10.0, 7.0) and type(noise) is type(signal) is float  # 5 * (1 + 1) / 1; 4 + 4 - 10 / 10
     assert script.gradient_noise_scale([gradients[0]] * 3, 5) == (0.0, 5.0)  # no noise: the signal alone
+    gradient = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    noise, signal = script.gradient_noise_scale([gradient] * 7, 5)  # no noise, but for the last bits of float64
+    assert abs(noise) < 1e-8 and signal == pytest.approx(float(gradient.double().square().sum()))
     noise, signal = script.gradient_noise_scale([gradients[0], -gradients[0]], 5)
     assert (noise, signal) == (50.0, -5.0)  # nothing but noise
 

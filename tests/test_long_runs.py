@@ -565,6 +565,7 @@ def test_averages_over_processes(script, monkeypatch):
     assert script.reduce_numbers([2.0, 6.0]) == [3, 2]
     assert script.reduce_numbers([2.0, 6.0], torch.distributed.ReduceOp.MAX) == [4, 6]
     assert script.reduce_numbers([2.0, 6.0], torch.distributed.ReduceOp.SUM) == [6, 4]
+    assert float(script.average(torch.tensor([2.0, 6.0])).sum()) == 3 + 2
 
 
 @pytest.mark.parametrize("script", [MODULES[name] for name in DISTINCT], ids=DISTINCT)
@@ -611,10 +612,11 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("script", [PQN, "ppo_abs_atari.py"])
 def test_two_processes_compute_the_gradient_of_one(script, tmp_path):
     """The mean over the transitions of both, PPO's advantages normalised over both, however unevenly the reset steps fall."""
-    module, weights = MODULES[script], torch.ones((4, 32))
+    module, weights = MODULES[script], torch.ones((5, 32))
     weights[1, [1, 20, 21, 22, 23, 24, 25, 26, 27, 28]] = 0
     weights[2, 16:] = 0  # the second process has none but reset steps
     weights[3] = 0
+    weights[4] = torch.arange(32) == 3  # a single transition
     torch.save(weights, tmp_path / "weights.pt")
     (tmp_path / "halves.py").write_text(GRADIENTS_OF_HALVES)
     process = start(script, ROOT / "tests", cwd=tmp_path, command=(*TORCHRUN, str(tmp_path / "halves.py")))
@@ -821,6 +823,19 @@ def test_processes_must_share_evenly(tmp_path, run_here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     result = run_here(PQN, "--num-envs", 128)
     assert result.returncode == 2 and "use a multiple of 3" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_advantages_are_normalised_over_all_processes(monkeypatch, capsys):
+    """So one sample of a minibatch for each of two processes is enough; for a single process it is not."""
+    ppo = MODULES["ppo_abs_atari.py"]
+    args = ppo.Args(num_envs=4, adapt_rollout=False, num_steps=4, num_minibatches=8, device="cpu")
+    monkeypatch.setattr(ppo, "WORLD_SIZE", 2)
+    ppo.check_args(args)
+    monkeypatch.setattr(ppo, "WORLD_SIZE", 1)
+    args.num_minibatches = 16
+    with pytest.raises(SystemExit):
+        ppo.check_args(args)
+    assert "--norm-adv needs minibatches of 2 samples" in capsys.readouterr().err
 
 
 LEARN_LAMPS = """

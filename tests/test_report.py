@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import tyro
 from conftest import MODULES, ROOT
 from rliable import metrics
 from scipy import stats
@@ -766,11 +767,11 @@ writer.close()
 
 def test_throughput_times_windows(tmp_path):
     """Of 8,192 steps or more by the wall clock, after the first quarter; the lengths are those of the windows alone."""
-    iterations = [(16, 5), (24, 6), (32, 8), (32, 10), (48, 16), (16, 17), (36, 20), (20, 21)]  # 224 x 128 steps
+    iterations = [(16, 5), (24, 6), (32, 8), (32, 10), (48, 16), (16, 17), (36, 20), (20, 21), (4, 22)]  # 228 x 128 steps
     (tmp_path / "script.py").write_text(SCALARS.format(iterations=iterations))
     speeds, shares, memory, lengths = throughput.run_script([sys.executable, str(tmp_path / "script.py")])
-    # the first quarter ends with the third rollout, from whose end on time is taken: 32 + 48 rows of 128, then 16 + 36 and
-    # 20 make 72
+    # the first quarter ends with the third rollout, from whose end on time is taken: 32 + 48 rows of 128, then 16 + 36 + 20;
+    # the last rollout fills no window
     assert speeds == pytest.approx([80 * 128 / 8, 72 * 128 / 5])
     assert shares is None and lengths == [32, 48, 16, 36, 20]
 
@@ -858,3 +859,29 @@ def test_throughput_knows_the_longest_rollout(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="stopped"):
         throughput.main()
     assert "--num-steps 128" in " ".join(map(str, commands[0]))
+
+
+@pytest.mark.parametrize("script", ["pqn_abs_atari.py", "pqn_xl_abs_atari.py", "ppo_abs_atari.py", "gns_batch_atari.py"])
+@pytest.mark.parametrize("steps", [32768, 40960, 65536, 100_000, 300_000])
+def test_throughput_moves_through_the_whole_range(script, steps, monkeypatch, tmp_path, capsys):
+    """Where L moves, the last rollouts have the longest length, whatever --steps; too few of them are refused."""
+    commands = []
+    monkeypatch.setattr(throughput, "run_script", lambda command: commands.append(command) or ([100.0], None, None, []))
+    monkeypatch.setattr(throughput, "measure_envpool", lambda *arguments, **options: [1000.0])
+    options = ["--scripts", script, "--lengths", "moving", "--steps", str(steps), "--out", str(tmp_path / "speed.csv")]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *options])
+    module = importlib.import_module(script.removesuffix(".py"))
+    if steps < 4 * 128 * module.Args.rollout_length_max:
+        with pytest.raises(SystemExit, match="too few for these --lengths; use 65536 or more"):
+            throughput.main()
+        return
+    throughput.main()
+    args = tyro.cli(module.Args, args=commands[0][2:])
+    assert (args.adapt_signal, args.adapt_interval, args.rollout_smoothing) == ("time", 1, 1)
+    low, high, multiple = module.rollout_range(args)
+    step, rollout_length, lengths = 0, low, []
+    while step + 128 * (length := module.round_rollout_length(rollout_length, low, high, multiple)) <= steps:
+        lengths.append(length)
+        step += 128 * length
+        rollout_length = low + (high - low) * min(1, step / args.schedule_timesteps)
+    assert (lengths[0], lengths[-1]) == (16, module.Args.rollout_length_max) and lengths == sorted(lengths)

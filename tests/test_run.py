@@ -221,7 +221,7 @@ def test_length_follows_the_divergence(script, start):
     assert all(0 <= d <= 1 for d in run.values("abs/divergence")) and max(run.values("abs/divergence")) > 0
     targets = [module.target_rollout_length(mean, 4, 16, *bounds, run.args["schedule"]) for mean in means]
     assert any(4 < target < 16 for target in targets)  # not the bounds alone
-    assert lengths == followed_lengths(module, run, targets, 4, 16, 2)
+    assert lengths == followed_lengths(module, run, targets, 4, 16, 1)
     assert lengths[:4] == [4] * 4 and len(set(lengths)) > 1
 
 
@@ -244,14 +244,14 @@ def test_length_follows_the_noise_scale(script, start):
 
 
 def test_time_as_signal(script, start):
-    """The open-loop control grows with the steps done and does not look at the policy."""
-    module, run = MODULES[script], start("--adapt-signal", "time", *STEPS)
+    """The open-loop control grows with the steps done and does not look at the policy; here in multiples of 2."""
+    module, run = MODULES[script], start("--adapt-signal", "time", "--rollout-length-min", 8, *STEPS)
     lengths, batches = run.values("abs/rollout_length"), run.scalars["abs/batch_size"]
-    expected, length = [], 4.0
+    expected, length = [], 8.0
     for iteration, (step, _) in enumerate(batches, 1):
-        expected.append(module.round_rollout_length(length, 4, 16, 2))
+        expected.append(module.round_rollout_length(length, 8, 16, 2))
         if iteration % 2 == 0:
-            length = 0.7 * length + 0.3 * (4 + 12 * step / 3000)
+            length = 0.7 * length + 0.3 * (8 + 8 * step / 3000)
     assert lengths == expected == sorted(lengths) and lengths[-1] > 10
     assert run.scalars["abs/divergence"]
 
