@@ -1242,8 +1242,9 @@ if __name__ == "__main__":
             dist.init_process_group("nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
+    all_are_fast = reduce_numbers([bfloat16_is_fast(device)], dist.ReduceOp.MIN)[0]
     if args.precision == "auto":
-        args.precision = "bfloat16" if reduce_numbers([bfloat16_is_fast(device)], dist.ReduceOp.MIN)[0] else "float32"
+        args.precision = "bfloat16" if all_are_fast else "float32"
     if args.compile and not compiler_is_there(device):
         missing = "Triton, C compiler" if device.type == "cuda" else "C++ compiler"
         print(f"--compile finds no {missing} or Python.h (python3-dev) here: running eagerly", flush=True)
