@@ -398,7 +398,7 @@ def test_a_rollout_of_nothing_but_resets(script, tmp_path):
 def test_large_networks_run(script, tmp_path):
     """L and XL train, grow their rollouts, save, evaluate and are evaluated again: a run leaves all its files."""
     grow = ("--adapt-signal", "time", "--adapt-interval", 1, "--rollout-length-min", 2, "--rollout-length-max", 8)
-    options = ("--total-timesteps", 256, "--max-episode-steps", 30, "--reference-batch-size", 16, *grow)
+    options = ("--total-timesteps", 256, "--max-episode-steps", 20, "--reference-batch-size", 16, *grow)
     run = Run(script, *options, cwd=tmp_path)
     names = [p.name for p in run.dir.iterdir() if p.suffix in (".json", ".pt") and not p.name.startswith("checkpoint_")]
     assert sorted(names) == ["args.json", "eval.json", "model.pt", "versions.json"]
@@ -410,6 +410,6 @@ def test_large_networks_run(script, tmp_path):
     first = MODULES[script].QNetwork(6).state_dict()
     assert all(not torch.equal(w, first[name]) for name, w in run.weights().items())  # every layer has learned
     evaluation = (run.dir / "eval.json").read_text()
-    limits = ("--eval-episodes", 2, "--max-episode-steps", 30)
+    limits = ("--eval-episodes", 2, "--max-episode-steps", 20)
     result = run_script(script, "--eval-only", "--model", run.dir / "model.pt", *limits, cwd=tmp_path)
     assert result.returncode == 0 and (run.dir / "eval.json").read_text() == evaluation
