@@ -544,8 +544,7 @@ LOSSES = ("td_loss", "q_values", "grad_norm")
 
 
 def compute_gradient(network, observations, actions, returns, weights, microbatch_size):
-    """Gradient of a minibatch's loss, the weighted mean squared error of Q(s, a): n samples, weights (n,) from
-    mean_weights.
+    """Gradient of a minibatch's loss, the squared error of Q(s, a), weighted: n samples, weights (n,) from mean_weights.
 
     No layer mixes samples, so it may run in microbatches whose gradients add up. Where several processes train together, the
     gradient is the mean of theirs. Returns (2,): loss and mean Q.

@@ -648,10 +648,12 @@ import os, runpy, sys, torch
 script, sys.argv = sys.argv[1], sys.argv[1:]
 import torch.distributed as dist
 rank = int(os.environ["RANK"])
-# as machines of two kinds would: other first weights, other instructions
+# as machines of two kinds would: other first weights, other instructions, other rounding of gradients
 manual_seed = torch.manual_seed
 torch.manual_seed = lambda seed: manual_seed(seed + rank)
 torch.cpu.get_capabilities = lambda: {"amx_bf16": rank == 1}
+to_vector = torch.nn.utils.parameters_to_vector
+torch.nn.utils.parameters_to_vector = lambda parameters: to_vector(parameters) * (1 + 1e-3 * rank)
 destroy = dist.destroy_process_group
 def keep_then_destroy():
     g = sys._getframe(1).f_globals
@@ -823,6 +825,14 @@ def test_processes_must_share_evenly(tmp_path, run_here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     result = run_here(PQN, "--num-envs", 128)
     assert result.returncode == 2 and "use a multiple of 3" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_run_is_known_by_its_arguments_from_the_start(run_here, monkeypatch, tmp_path):
+    """args.json is there before curves or Weights & Biases, which take a while: --auto-resume elsewhere looks for it."""
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *arguments, **options: sys.exit("stopped"))
+    run_here(PQN, *SIZE, 1500)
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert json.loads((run_dir / "args.json").read_text())["total_timesteps"] == 1500
 
 
 def test_advantages_are_normalised_over_all_processes(monkeypatch, capsys):

@@ -757,7 +757,7 @@ def test_throughput_goes_on_where_a_run_fails(monkeypatch, tmp_path, capsys):
 SCALARS = """
 from torch.utils.tensorboard import SummaryWriter
 writer, step = SummaryWriter("runs/one"), 0
-for i, (length, seconds) in enumerate({iterations}):
+for length, seconds in {iterations}:
     step += 128 * length
     writer.add_scalar("charts/SPS", 0, step, walltime=seconds)
     writer.add_scalar("abs/rollout_length", length, step, walltime=seconds)
@@ -863,7 +863,7 @@ def test_throughput_knows_the_longest_rollout(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("script", ["pqn_abs_atari.py", "pqn_xl_abs_atari.py", "ppo_abs_atari.py", "gns_batch_atari.py"])
 @pytest.mark.parametrize("steps", [32768, 40960, 65536, 100_000, 300_000])
-def test_throughput_moves_through_the_whole_range(script, steps, monkeypatch, tmp_path, capsys):
+def test_throughput_moves_through_the_whole_range(script, steps, monkeypatch, tmp_path):
     """Where L moves, the last rollouts have the longest length, whatever --steps; too few of them are refused."""
     commands = []
     monkeypatch.setattr(throughput, "run_script", lambda command: commands.append(command) or ([100.0], None, None, []))
