@@ -2,21 +2,16 @@
 
     python benchmark/report.py runs/ --out report/
 
-Folders given are runs, hold runs at any depth, or are the --out of an earlier report, whose two tables of runs are read. Written are
-report.md (tables, figures, what is doubtful, what was left out and why), figures/*.png, and
-
-    scores.csv       one row per run: state, final evaluation, settings, versions
-    games.csv        per game and variant: mean and standard deviation (ddof 1) over seeds
-    aggregates.csv   per variant: IQM, mean, median, optimality gap, predicted Atari-57 median
-    comparisons.csv  per pair of variants and game ("all": over the games they share)
-    curves.csv       per run at 100 points of training: return, divergence, KL divergence, noise scale, rollout length
+Folders given are runs, hold runs at any depth, or are the --out of an earlier report, whose tables of runs are read. Written are
+report.md (tables, figures, what is doubtful, what is left out and why), figures/, scores.csv (runs), games.csv, aggregates.csv (per
+variant), comparisons.csv (pairs of variants) and curves.csv (100 points per run).
 
 A variant is a script with the settings that matter for the result: where and how a run was computed does not, nor do settings of
 adaptation where the rollout is fixed. Definitions:
 
 * Score: mean of the final evaluation (eval.json). HNS: its human-normalised score, 0 for a random player, 1 for a human.
-* Aggregates (Agarwal et al., arXiv 2108.13264): rliable's, over the games that all variants share, with as many seeds (the lowest)
-  as each of these games has. Variants with at most half as many games as another are left out.
+* Aggregates (Agarwal et al., arXiv 2108.13264): over the games that all variants share, with as many seeds (the lowest) as each of
+  these games has. Variants with at most half as many games as another are left out.
 * Predicted Atari-57 median (Aitchison et al., arXiv 2210.02019), in percent, from the ten games of Atari-10 with weights w:
   10^(sum of w * log10(1 + max(0, x))) - 1, x being the mean HNS of a game in percent.
 * Compared are variants of one budget that differ in one thing: what sets batch and updates, where one of them adapts; one other
@@ -25,7 +20,7 @@ adaptation where the rollout is fixed. Definitions:
 * Improvement of A over B in a game: 100 * (HNS of A - HNS of B) / max(1, HNS of B) percent (Wang et al., arXiv 1511.06581).
 * p: two-sided permutation test, within games, of the mean difference in HNS; exact where there are at most 20,000 ways.
 * Intervals: 95 % stratified bootstrap (percentile, 2,000 resamples) over seeds, at least two. They are about these games only.
-* Curves: mean over 1 % of training, held for at most 5 % where no game ended; then over runs, shaded from the lowest to the highest.
+* Curves: mean over 1 % of training, held for at most 5 % where no game ended; then over runs, shaded from lowest to highest.
 """
 
 import argparse
@@ -56,13 +51,13 @@ SIGNALS = {"divergence": "ABS", "kl": "ABS", "noise-scale": "GNS", "replay": "yo
 NO_MATTER = (  # for the result; from eval_only on, flags of runs before the redesign
     "exp_name|env_id|seed|torch_deterministic|device|compile|track|wandb_.*|run_dir|checkpoint_interval|keep_checkpoints|env_threads|"
     "torch_threads|eval_(episodes|epsilon|greedy)|capture_video|video_episodes|replay|eval_only|model|resume|auto_resume|cudagraphs|"
-    "microbatch_size|env_pools|memory_format|log_noise_scale|noise_scale_(window|warmup)"
+    "microbatch_size|env_pools|memory_format|schedule_timesteps|log_noise_scale|noise_scale_(window|warmup)"
 )
 FED = "(divergence|kl)_(min|max)|schedule|reference_batch_size"  # to the rule of ABS
 MEASURED = FED + "|divergence_(window|warmup)|noise_scale_groups"
 ADAPTATION = MEASURED + "|adapt_interval|adapt_signal|rollout_.*"
 UPDATES = ADAPTATION + "|adapt_rollout|num_steps|num_minibatches|update_epochs|scale_epochs"
-IDLE = {"ABS": "noise_scale_groups|num_steps", "GNS": FED + "|num_steps", "time": MEASURED + "|num_steps", "fixed": ADAPTATION}
+IDLE = {"ABS": "noise_scale_groups", "GNS": FED, "time": MEASURED, "fixed": ADAPTATION}
 IDLE["yoked"] = IDLE["time"] + "|adapt_interval|rollout_smoothing"
 CURVES = {  # column of curves.csv: (scalar, axis label)
     "episodic_return": ("charts/episodic_return", "return"),
@@ -73,7 +68,9 @@ CURVES = {  # column of curves.csv: (scalar, axis label)
 }
 EVALUATION = "policy episodes eval_sticky_action_probability eval_max_episode_steps eval_precision".split()
 COLUMNS = "run variant state note script env_id seed step total_timesteps score hns".split() + EVALUATION
-COLUMNS += "distinct_games time_limits source torch envpool processor started settings".split()
+COLUMNS += "distinct_games time_limits source torch envpool started settings".split()
+METRICS = {"iqm": metrics.aggregate_iqm, "mean": metrics.aggregate_mean, "median": metrics.aggregate_median}
+METRICS["optimality_gap"] = metrics.aggregate_optimality_gap
 ATARI57 = pd.read_csv(Path(__file__).parent / "atari57_scores.csv", index_col="env_id")
 ATARI10 = ATARI57["atari10_weight"].dropna()
 
@@ -95,15 +92,13 @@ def find_runs(path, seen):
 
 
 def read_json(path):
+    """The content; ValueError says what is wrong with the file."""
+    if not path.exists():
+        raise ValueError(f"no {path.name}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"no {path.name}") from None
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        content = None
-    if not isinstance(content, dict | list):
-        raise ValueError(f"{path.name} is damaged")
-    return content
+        raise ValueError(f"{path.name} is damaged") from None
 
 
 def read_scalars(folder):
@@ -123,10 +118,8 @@ def read_evaluation(folder, args, step, longest):
     content = read_json(folder / "eval.json")
     if not all(math.isfinite(content.get(n, math.nan)) for n in ("mean", "episodes")):
         raise ValueError("eval.json lacks the mean or the number of episodes")
-    if content.get("env_id", args["env_id"]) != args["env_id"]:
-        raise ValueError(f"eval.json is of {content['env_id']}")
-    if content.get("global_step", step) + longest <= args["total_timesteps"]:
-        raise ValueError(f"eval.json is of step {content['global_step']:,}, not of the end")
+    if content.get("env_id") != args["env_id"] or content.get("global_step", step) + longest <= args["total_timesteps"]:
+        raise ValueError(f"eval.json is of {content.get('env_id')} at step {content.get('global_step', step):,}")
     policy = f"epsilon {content['epsilon']}" if "epsilon" in content else "greedy" if content.get("greedy") else "sampled"
     row = {"score": content["mean"], "episodes": content["episodes"], "policy": policy}
     for name in ("sticky_action_probability", "max_episode_steps", "precision"):  # old runs: those of training
@@ -135,7 +128,7 @@ def read_evaluation(folder, args, step, longest):
 
 
 def read_run(folder):
-    """(row of scores.csv, rows of curves.csv). ValueError where it is no run."""
+    """(row of scores.csv, rows of curves.csv); ValueError where it is no run."""
     if not any(folder.iterdir()):
         raise ValueError("an empty folder")
     args = read_json(folder / "args.json")
@@ -146,35 +139,35 @@ def read_run(folder):
     if total <= 0:
         raise ValueError(f"no training, an evaluation of {args.get('init_from')}")
     sources = sorted(folder.glob("*.py"))
-    is_old = not isinstance(args.get("computed_with"), dict)  # before the redesign
-    versions = read_json(folder / "versions.json") if is_old and (folder / "versions.json").exists() else []
-    computed = (versions or [{}])[-1] if is_old else args.pop("computed_with")
-    script = computed.get("script") or (sources[0].name if sources else f"{args.get('exp_name')}.py")
+    if is_old := "computed_with" not in args:  # a run before the redesign
+        computed = (read_json(folder / "versions.json") if (folder / "versions.json").exists() else [{}])[-1]
+    else:
+        computed = args.pop("computed_with")
     args["precision"] = computed.get("precision", args.get("precision"))  # what "auto" became
-    row = {name: computed.get(name, "unknown") for name in ("torch", "envpool", "processor")}
-    row |= {"run": folder.as_posix(), "script": script, "settings": json.dumps(settings_of(args, is_old), sort_keys=True)}
-    row |= {"source": hashlib.sha256(sources[0].read_bytes()).hexdigest()[:12] if sources else "unknown"}
-    row |= {"env_id": args["env_id"], "seed": args["seed"], "total_timesteps": total}
+    row = {"run": folder.as_posix(), "env_id": args["env_id"], "seed": args["seed"], "total_timesteps": total}
+    row["script"] = computed.get("script") or (sources[0].name if sources else f"{args.get('exp_name')}.py")
+    row["source"] = hashlib.sha256(sources[0].read_bytes()).hexdigest()[:12] if sources else None
+    row |= {"torch": computed.get("torch"), "envpool": computed.get("envpool")}
+    row["settings"] = json.dumps(settings_of(args, is_old), sort_keys=True)
     row["started"] = max([int(t) for f in folder.glob("events*") for t in re.findall(r"tfevents\.(\d+)", f.name)], default=0)
 
-    scalars = {k: points for k, points in read_scalars(folder).items() if k.startswith(("charts/", "losses/", "abs/", "gns/"))}
+    scalars = {k: points for k, points in read_scalars(folder).items() if not k.startswith("eval/")}
     longest = args["num_envs"] * args["rollout_length_max" if args.get("adapt_rollout") else "num_steps"]
     step = int(max([steps.max() for steps, _ in scalars.values()], default=total if (folder / "eval.json").exists() else 0))
     losses = [points for name, points in scalars.items() if name.startswith("losses/")]
     infinite = min([steps[~np.isfinite(values)].min(initial=math.inf) for steps, values in losses], default=math.inf)
-    row |= {"step": step, "state": "finished"}
-    if infinite < math.inf:
-        row |= {"state": "diverged", "note": f"a loss is not finite at step {infinite:,.0f} of {total:,.0f}"}
-    elif step + longest <= total:
-        row |= {"state": "unfinished", "note": f"step {step:,} of {total:,.0f} ({step / total:.0%})"}
-    else:
-        try:
+    row |= {"step": step, "state": "finished", "note": ""}
+    try:
+        if infinite < math.inf:
+            row |= {"state": "diverged", "note": f"a loss is not finite at step {infinite:,.0f} of {total:,.0f}"}
+        elif step + longest <= total:
+            row |= {"state": "unfinished", "note": f"step {step:,} of {total:,.0f} ({step / total:.0%})"}
+        else:
             row |= read_evaluation(folder, args, step, longest)
-        except ValueError as e:
-            row |= {"state": "not evaluated", "note": str(e)}
-    curves = pd.DataFrame(
-        {"run": row["run"], "step": np.round(np.arange(1, 101) * total / 100).astype(int)}, index=range(1, 101)
-    )
+    except ValueError as e:
+        row |= {"state": "not evaluated", "note": str(e)}
+    points = np.arange(1, 101)
+    curves = pd.DataFrame({"run": row["run"], "step": np.round(points * total / 100).astype(int)}, index=points)
     for name, (scalar, _) in CURVES.items():
         if scalar in scalars:
             steps, values = scalars[scalar]
@@ -189,18 +182,12 @@ def signal_of(settings):
 
 def settings_of(args, is_old):
     """The settings that matter for the result of a run."""
-    idle = NO_MATTER + "|" + IDLE[signal_of(args)].replace("|num_steps", "" if args.get("scale_epochs") else "|num_steps")
-    settings = {k: v for k, v in args.items() if not re.fullmatch(idle, k) and v not in ("", None)}
-    if "init_from" in settings:
-        settings["init_from"] = Path(settings["init_from"]).name  # each seed may begin with a parent of its own
-    if is_old and settings.pop("schedule_timesteps", 0) not in (0, args["total_timesteps"]):
-        settings["schedule_timesteps"] = args["schedule_timesteps"]
+    signal, settings = signal_of(args), dict(args)
+    idle = f"{NO_MATTER}|{IDLE[signal]}" + "|num_steps" * (signal != "fixed" and not args.get("scale_epochs"))
     if is_old and args.get("scale_epochs"):  # in fixed rollouts without effect then, and otherwise not rounded down
-        settings["scale_epochs"] = "rounded" if args.get("adapt_rollout") else False
-    if is_old and signal_of(args) == "GNS":
-        settings |= {f"divergence_{n}": args.get(f"noise_scale_{n}") for n in ("window", "warmup")}
-        settings["noise_scale_groups"] = "minibatches"
-    return settings
+        settings["scale_epochs"] = "rounded" if args["adapt_rollout"] else False
+    settings["init_from"] = Path(args.get("init_from", "")).name  # each seed may begin with a parent of its own
+    return {k: v for k, v in settings.items() if not re.fullmatch(idle, k) and v not in ("", None)}
 
 
 def defaults_of(script):
@@ -210,25 +197,38 @@ def defaults_of(script):
     return {n.target.id: n.value.value for n in fields if isinstance(n, ast.AnnAssign) and isinstance(n.value, ast.Constant)}
 
 
-def describe(script, settings):
-    """(place in tables, short name), such as "PQN ABS 16-64" or "PQN fixed 32"."""
-    signal, family = signal_of(settings), FAMILIES.get(script, script.removesuffix(".py"))
-    longest = settings["num_steps" if signal == "fixed" else "rollout_length_max"]
-    lengths = longest if signal == "fixed" else f"{settings['rollout_length_min']}-{longest}"
-    place = list(SIGNALS.values()).index(signal), [*FAMILIES, script].index(script), longest
-    return place, f"{family} {lengths}" if family == signal else f"{family} {signal} {lengths}"
-
-
 def name_variants(keys):
-    """Dict from (script, settings as JSON) to a name: the short one, and what differs among its bearers and is no default."""
-    variants = {key: (*describe(key[0], json.loads(key[1])), json.loads(key[1])) for key in keys}
-    names = {}
-    for key, (_, short, own) in sorted(variants.items(), key=lambda item: item[1][:2]):
-        alike = [settings for _, other, settings in variants.values() if other == short]
-        default = defaults_of(key[0])
-        differ = [k for k in sorted(own) if own[k] != default.get(k) and any(other.get(k) != own[k] for other in alike)]
-        names[key] = ", ".join([short, *(f"{k} {own[k]}" for k in differ)])
+    """Dict from (script, settings as JSON) to a name, such as "PQN ABS 16-64" or "PQN fixed 32", followed by what differs among those of
+    that name and is no default. What a run does not know has its default."""
+    groups, names = {}, {}
+    for script, text in keys:
+        own, family = json.loads(text), FAMILIES.get(script, script.removesuffix(".py"))
+        signal = signal_of(own)
+        longest = own["num_steps" if signal == "fixed" else "rollout_length_max"]
+        words = (
+            [family]
+            + [signal] * (signal != family)
+            + [str(longest) if signal == "fixed" else f"{own['rollout_length_min']}-{longest}"]
+        )
+        place = list(SIGNALS.values()).index(signal), [*FAMILIES, script].index(script), longest, " ".join(words)
+        groups.setdefault(place, []).append((script, text, own))
+    for place, alike in sorted(groups.items(), key=lambda group: group[0]):
+        default = defaults_of(alike[0][0])
+        varied = [
+            k
+            for k in sorted({k for *_, own in alike for k in own})
+            if len({str(own.get(k, default.get(k))) for *_, own in alike}) > 1
+        ]
+        for script, text, own in alike:
+            differ = [f"{k} {own[k]}" for k in varied if k in own and own[k] != default.get(k)]
+            names[script, text] = ", ".join([place[-1], *differ])
     return names
+
+
+def normalised(env_ids, scores):
+    """Human-normalised scores, NaN for games outside of the 57."""
+    low, high = env_ids.map(ATARI57["random"]), env_ids.map(ATARI57["human"])
+    return (scores - low) / (high - low)
 
 
 def read_runs(paths, out):
@@ -247,42 +247,40 @@ def read_runs(paths, out):
             except Exception as e:  # whatever one folder holds, the others are reported
                 note = str(e) if type(e) is ValueError else f"{type(e).__name__}: {e}"
                 rows.append({"run": folder.as_posix(), "state": "unreadable", "note": note})
-    runs = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates("run", ignore_index=True)
-    runs = runs.astype(dict.fromkeys(("seed", "step", "total_timesteps", "started"), "Int64")).fillna({"note": ""})
-    low, high = (runs["env_id"].map(ATARI57[column]) for column in ("random", "human"))
-    runs["hns"] = (runs["score"].astype(float) - low) / (high - low)
+    runs = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates("run", ignore_index=True).fillna({"note": ""})
+    runs = runs.astype(dict.fromkeys(("seed", "step", "total_timesteps", "started"), "Int64"))
+    runs["hns"] = normalised(runs["env_id"], runs["score"].astype(float))
     known = runs[runs["settings"].notna()]
-    names = name_variants(sorted({(r.script, r.settings) for r in known.itertuples()}))
-    runs["variant"] = [names.get((r.script, r.settings)) for r in runs.itertuples()]
+    names = name_variants(set(zip(known["script"], known["settings"], strict=True)))
+    runs["variant"] = [names.get(key) for key in zip(runs["script"], runs["settings"], strict=True)]
     # Of several runs of one variant, game and seed the newest finished one counts, else the newest one
-    best = runs.assign(ended=runs["state"] == "finished")[runs["settings"].notna() & (runs["state"] != "duplicate")]
-    best = best.sort_values(["ended", "started", "run"], ascending=False)
+    best = runs[runs["variant"].notna() & (runs["state"] != "duplicate")]
+    best = best.assign(ended=best["state"] == "finished").sort_values(["ended", "started", "run"], ascending=False)
     for _, same in best.groupby(["variant", "env_id", "seed"]):
         for i in same.index[1:]:
             runs.loc[i, "note"] = f"{runs['state'][i]} {runs['note'][i]}; counts instead: {same['run'].iloc[0]}"
             runs.loc[i, "state"] = "duplicate"
-    counting = runs.loc[known.index[runs["state"][known.index] != "duplicate"], "run"]
+    counting = runs.loc[runs["variant"].notna() & (runs["state"] != "duplicate"), "run"]
     curves = pd.concat(curves).drop_duplicates(["run", "step"])
-    variants = {name: (script, json.loads(text)) for (script, text), name in names.items()}
-    return runs, curves[curves["run"].isin(counting)], variants
+    return runs, curves[curves["run"].isin(counting)], {name: (key[0], json.loads(key[1])) for key, name in names.items()}
 
 
 # Statistics
 
 
-def estimate(scores, function):
-    """Estimates and the ends of their intervals, NaN where an array has one seed; scores: (seeds, games), or a list of such."""
+def estimate(names, scores, function):
+    """Dict of estimates and of the ends of their intervals, NaN where an array has one seed; scores: (seeds, games) or a list."""
     np.random.seed(0)  # rliable 1.2.0 draws from NumPy's global state, whatever random_state it is given
     arrays = scores if isinstance(scores, list) else [scores]
-    if min(len(a) for a in arrays) < 2:
-        points = function(*arrays)
-        return points, np.full_like(points, np.nan), np.full_like(points, np.nan)
-    points, intervals = rly.get_interval_estimates({"x": scores}, function, reps=2000)
-    return points["x"], *intervals["x"]
-
-
-def with_interval(names, estimates):
-    return {n + end: x[i] for end, x in zip(("", "_low", "_high"), estimates, strict=True) for i, n in enumerate(names)}
+    point, ends = function(*arrays), np.full((2, len(names)), np.nan)
+    if min(map(len, arrays)) > 1:
+        _, ends = rly.get_interval_estimates({0: scores}, function, reps=2000)
+        ends = ends[0]
+    return {
+        n + end: x
+        for end, xs in zip(("", "_low", "_high"), (point, *ends), strict=True)
+        for n, x in zip(names, xs, strict=True)
+    }
 
 
 def score_matrix(own, games):
@@ -291,44 +289,34 @@ def score_matrix(own, games):
     return np.stack([c[: min(map(len, columns))] for c in columns], axis=1)
 
 
-def score_matrices(scored):
-    """(HNS of each variant that is aggregated, the games that they share)."""
-    games = scored.groupby("variant", sort=False)["env_id"].agg(set)
-    games = games[games.map(len) > games.map(len).max() / 2]
-    common = sorted(set.intersection(*games)) if len(games) else []
-    return {v: score_matrix(scored[scored["variant"] == v], common) for v in games.index if common}, common
-
-
-def aggregate_metrics(scores):
-    functions = metrics.aggregate_iqm, metrics.aggregate_mean, metrics.aggregate_median, metrics.aggregate_optimality_gap
-    return np.array([f(scores) for f in functions])
-
-
 def predicted_median(scores):
     """Predicted median HNS of the 57 games in percent from HNS (seeds, 10 games in the order of ATARI10)."""
     return np.array([10 ** (ATARI10.to_numpy() @ np.log10(1 + np.maximum(0, 100 * scores.mean(axis=0)))) - 1])
 
 
 def aggregates(scored):
-    """aggregates.csv."""
-    rows, (matrices, common) = [], score_matrices(scored)
+    """(aggregates.csv, HNS (seeds, games) of each variant over the games that all share)."""
+    games = scored.groupby("variant", sort=False)["env_id"].agg(set)
+    many = games[games.map(len) > games.map(len).max() / 2]
+    common = sorted(set.intersection(*many)) if len(many) else []
+    rows, matrices = [], {}
     for variant, own in scored.groupby("variant", sort=False):
-        row = {"variant": variant}
-        if variant in matrices:
-            row |= {"seeds": len(matrices[variant]), "games": len(common)}
-            row |= with_interval(["iqm", "mean", "median", "optimality_gap"], estimate(matrices[variant], aggregate_metrics))
-        if set(ATARI10.index) <= set(own["env_id"]):
-            median = estimate(score_matrix(own, ATARI10.index), predicted_median)
-            row |= with_interval(["predicted_atari57_median"], median)
-        rows += [row] * (len(row) > 1)
-    return pd.DataFrame(rows)
+        row = {"variant": variant, "games": len(games[variant])}
+        if common and variant in many:
+            x = matrices[variant] = score_matrix(own, common)
+            row |= {"seeds": len(x), "games": len(common)}
+            row |= estimate(METRICS, x, lambda x: np.array([function(x) for function in METRICS.values()]))
+        if set(ATARI10.index) <= games[variant]:
+            row |= estimate(["predicted_atari57_median"], score_matrix(own, ATARI10.index), predicted_median)
+        rows.append(row)
+    return pd.DataFrame(rows), matrices
 
 
 def compare(x, y):
-    """Probability of improvement (metrics.probability_of_improvement, but fast), mean difference, mean improvement, percent."""
+    """Probability of improvement, difference in HNS, improvement in percent; means over games."""
     x_mean, y_mean = x.mean(axis=0), y.mean(axis=0)
-    improvement = 100 * (x_mean - y_mean) / np.maximum(1, y_mean)
-    return np.array([(np.sign(x[:, None] - y).mean() + 1) / 2, (x_mean - y_mean).mean(), improvement.mean()])
+    probability = (np.sign(x[:, None] - y).mean() + 1) / 2  # as metrics.probability_of_improvement, but fast
+    return np.array([probability, (x_mean - y_mean).mean(), (100 * (x_mean - y_mean) / np.maximum(1, y_mean)).mean()])
 
 
 def permutation_p(x, y, most=20_000):
@@ -362,7 +350,7 @@ def pairs(variants):
 
 
 def comparisons(scored, variants):
-    """comparisons.csv."""
+    """comparisons.csv: for each pair a row over all games that they share, with intervals, and one per game."""
     rows, names = [], ["probability_of_improvement", "difference", "improvement_percent"]
     for a, b in pairs(variants):
         own, other = scored[scored["variant"] == a], scored[scored["variant"] == b]
@@ -370,73 +358,66 @@ def comparisons(scored, variants):
         for chosen in [games, *([game] for game in games)] if games else []:
             x, y = score_matrix(own, chosen), score_matrix(other, chosen)
             row = {"variant": a, "baseline": b, "env_id": "all" if chosen is games else chosen[0], "games": len(chosen)}
-            row |= {"seeds": len(x), "seeds_baseline": len(y)} | with_interval(names, estimate([x, y], compare))
-            rows.append(row | {"p": permutation_p(x, y)})
+            values = estimate(names, [x, y], compare) if chosen is games else dict(zip(names, compare(x, y), strict=True))
+            rows.append(row | {"seeds": len(x), "seeds_baseline": len(y)} | values | {"p": permutation_p(x, y)})
     return pd.DataFrame(rows, columns=None if rows else ["variant", "baseline", "env_id"])
 
 
-# Figures
+# Report
 
 
 def draw_curves(data, save):
     """Curves by budget and figure: a panel per game, a line per variant, and the IQM of human-normalised returns over all games."""
     for (total, figure), own in data.groupby(["total_timesteps", "figure"]):
-        ended = own["state"].isin(["finished", "not evaluated"])
+        own, ended = own.copy(), own["state"].isin(["finished", "not evaluated"])
         own["variant"] += np.where(ended, "", ", " + own["state"])
+        runs = own.groupby(["variant", "env_id"])["run"].transform("nunique")
         for column, (_, label) in CURVES.items():
             own["value"] = own.groupby("run")[column].ffill(limit=5).replace(np.inf, np.nan)
-            lines = own.groupby(["variant", "env_id", "step"])["value"]
-            complete = lines.transform("count") == lines.transform("size").groupby([own["variant"], own["env_id"]]).transform(
-                "max"
-            )
-            drawn = own[own["value"].notna() & (complete | ~ended)]  # a mean of some runs would jump where another one joins
+            complete = own.groupby(["variant", "env_id", "step"])["value"].transform("count") == runs
+            drawn = own[complete | ~ended].dropna(subset="value")  # a mean of some runs would jump where another one joins
             games = sorted(drawn["env_id"].unique())
             if column == "episodic_return" and len(games) > 1:
-                low, high = (drawn["env_id"].map(ATARI57[c]) for c in ("random", "human"))
-                hns = drawn.assign(value=(drawn["value"] - low) / (high - low)).dropna(subset="value")
+                hns = drawn.assign(value=normalised(drawn["env_id"], drawn["value"])).dropna(subset="value")
                 hns = hns[hns.groupby(["variant", "step"])["env_id"].transform("nunique") == len(games)]
-                iqm = hns.groupby(["variant", "step"], as_index=False)["value"].agg(lambda x: stats.trim_mean(x, 0.25))
-                drawn, games = pd.concat([drawn, iqm.assign(env_id="IQM of HNS")]), [*games, "IQM of HNS"]
+                hns = hns.groupby(["variant", "step"], as_index=False)["value"].agg(lambda x: stats.trim_mean(x, 0.25))
+                drawn, games = pd.concat([drawn, hns.assign(env_id="IQM of HNS")]), [*games, "IQM of HNS"]
             if games:
                 look = {"height": 2.2, "aspect": 1.4, "col_wrap": min(3, len(games)), "facet_kws": {"sharey": False}}
                 look |= {"hue": "variant", "style": "variant", "palette": "colorblind", "errorbar": ("pi", 100)}
                 grid = sns.relplot(drawn, kind="line", x="step", y="value", col="env_id", col_order=games, **look)
+                sns.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0), title=None)
                 grid.set_titles("{col_name}").set_axis_labels("agent steps", label)
                 save(grid, f"{column} {figure} {total}", f"{label.capitalize()}: {figure}, {total:,} steps")
 
 
-def draw_scores(compared, scored, variants, save):
-    """Performance profiles, improvement per game, improvement over the longest rollout."""
-    matrices, common = score_matrices(scored)
-    if common:
-        thresholds = np.unique(np.concatenate([[0], *(x.ravel() for x in matrices.values())]))
-        shares, intervals = rly.create_performance_profile(matrices, thresholds)
-        axes = plot_utils.plot_performance_profiles(
-            shares, thresholds, intervals, xlabel="human-normalised score", legend=True
+def draw_scores(compared, matrices, save):
+    """Performance profiles, improvement per game, improvement against the longest rollout."""
+    if matrices:
+        tau = np.unique(np.concatenate([[0], *(x.ravel() for x in matrices.values())]))
+        profile = rly.create_performance_profile(
+            matrices, tau, custom_profile_func=lambda x, tau: (x[..., None] > tau).mean((0, 1))
         )
-        save(axes.figure, "profiles", f"Share of runs above a score, with 95 % intervals; games: {len(common)}")
-    per_game, over_all = compared[compared["env_id"] != "all"], compared[compared["env_id"] == "all"]
-    for variant, own in per_game.groupby("variant", sort=False):
-        grid = sns.catplot(
-            own, kind="bar", x="improvement_percent", y="env_id", col="baseline", col_wrap=min(3, own["baseline"].nunique())
-        )
+        axis = plot_utils.plot_performance_profiles(profile[0], tau, profile[1], xlabel="human-normalised score", legend=True)
+        sns.move_legend(axis, "upper center", bbox_to_anchor=(0.5, -0.2))
+        save(axis.figure, "profiles", "Share of runs above a score, over the games that these variants share")
+    for variant, own in compared[compared["env_id"] != "all"].groupby("variant", sort=False):
+        columns = min(3, own["baseline"].nunique())
+        grid = sns.catplot(own, kind="bar", x="improvement_percent", y="env_id", col="baseline", col_wrap=columns, height=4)
         grid.set_titles("over {col_name}").set_axis_labels("improvement, %", "")
         save(grid, f"improvement {variant}", f"Improvement per game: {variant}")
-    sweep = over_all[over_all["baseline"].str.contains(" fixed ") & over_all["variant"].str.contains(" ABS ")]
-    sweep = sweep.assign(longest=[variants[v][1]["rollout_length_max"] for v in sweep["variant"]]).sort_values("longest")
-    sweep["line"] = [f"{r.variant.replace(f'-{r.longest}', '-L_max', 1)} over {r.baseline}" for r in sweep.itertuples()]
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for line, own in sweep[sweep.groupby("line")["longest"].transform("nunique") > 1].groupby("line"):
+    sweep = compared[(compared["env_id"] == "all") & compared["baseline"].str.contains(" fixed ")]
+    sweep = sweep.assign(longest=sweep["variant"].str.extract(r" ABS \d+-(\d+)")[0].astype(float)).sort_values("longest")
+    sweep["line"] = sweep["variant"].str.replace(r"-\d+", "-L_max", n=1, regex=True) + " over " + sweep["baseline"]
+    sweep = sweep[sweep.groupby("line")["longest"].transform("nunique") > 1]
+    for line, own in sweep.groupby("line"):
         mean = own["improvement_percent"]
         ends = [mean - own["improvement_percent_low"], own["improvement_percent_high"] - mean]
-        axis.errorbar(own["longest"], mean, ends, marker="o", capsize=3, label=line)
-    if axis.containers:
-        axis.set(xlabel="longest rollout, L_max", ylabel="mean improvement over games, %")
-        axis.legend()
-        save(figure, "longest_rollout", "Improvement over fixed rollouts against the longest rollout")
-
-
-# Report
+        plt.errorbar(own["longest"], mean, ends, marker="o", capsize=3, label=line)
+    if len(sweep):
+        plt.gca().set(xlabel="longest rollout, L_max", ylabel="mean improvement over games, %")
+        plt.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))
+        save(plt.gcf(), "longest_rollout", "Improvement over fixed rollouts against the longest rollout")
 
 
 def number(x):
@@ -459,30 +440,21 @@ def doubts(runs, finished):
     """Lines on whatever makes the numbers doubtful."""
 
     def name(own):
-        return f"{len(own)} runs" if len(own) > 3 else ", ".join(own["run"])
+        return ", ".join(own["run"]) if len(own) < 4 else f"{len(own)} runs"
 
-    for column in [*EVALUATION, "torch", "envpool"]:
-        if finished[column].nunique() > 1:
-            values = "; ".join(f"{value} ({name(own)})" for value, own in finished.groupby(column))
-            yield f"Runs differ in {column.replace('_', ' ')}: {values}."
-    for script, own in runs[runs["source"].notna() & (runs["source"] != "unknown")].groupby("script"):
-        if own["source"].nunique() > 1:
-            yield f"{script} had several versions: {'; '.join(f'{v} ({name(r)})' for v, r in own.groupby('source'))}."
-    seeds = finished.groupby(["variant", "env_id"]).size().groupby("variant").min()
-    if (seeds < 5).any():
-        few = "; ".join(f"{variant} ({n})" for variant, n in seeds[seeds < 5].items())
-        yield f"Fewer than 5 seeds in a game, so that intervals are too narrow: {few}."
-    for own, problem in (
-        (
-            finished[2 * finished["distinct_games"].astype(float) < finished["episodes"].astype(float)],
-            "Less than half of the evaluated games differ",
-        ),
-        (finished[finished["time_limits"].astype(float) > 0], "Evaluated games were cut by the time limit"),
-        (finished[finished["hns"].isna()], "No human-normalised score is known for the game"),
-        (runs[runs["state"] == "diverged"], "Diverged, so that the scores are those of the runs that did not"),
-    ):
-        if len(own):
-            yield f"{problem}: {name(own)}."
+    groups = [(column, "Runs", finished) for column in (*EVALUATION, "torch", "envpool")]
+    for column, who, own in groups + [("source", f"Runs of {script}", own) for script, own in runs.groupby("script")]:
+        if own[column].nunique() > 1:
+            yield f"{who} differ in {column}: {'; '.join(f'{x} ({name(r)})' for x, r in own.groupby(column))}."
+    seeds = finished.groupby(["variant", "env_id"], sort=False).size().groupby("variant", sort=False).min()
+    if few := [f"{variant} ({n})" for variant, n in seeds.items() if n < 5]:
+        yield f"Fewer than 5 seeds in a game, so intervals are too narrow: {'; '.join(few)}."
+    alike = 2 * finished["distinct_games"].astype(float) < finished["episodes"].astype(float)
+    problems = {"Less than half of the evaluated games differ": finished[alike]}
+    problems["Evaluated games were cut by the time limit"] = finished[finished["time_limits"].astype(float) > 0]
+    problems["No human-normalised score, so in no aggregate"] = finished[finished["hns"].isna()]
+    problems["Diverged, so scores are those of the others"] = runs[runs["state"] == "diverged"]
+    yield from (f"{problem}: {name(own)}." for problem, own in problems.items() if len(own))
 
 
 def main():
@@ -496,49 +468,55 @@ def main():
         parser.error(f"{args.out} holds something else than an earlier report; choose another --out")
     runs, curves, variants = read_runs(args.runs, args.out)
     if not variants:
-        notes = "".join(f"\n{row.run}: {row.note}" for row in runs.itertuples())
-        parser.error(f"no run can be read in {', '.join(map(str, args.runs))}{notes}")
+        parser.error(
+            "\n".join(["there is no run", *(f"{run}: {note}" for run, note in zip(runs["run"], runs["note"], strict=True))])
+        )
     finished = runs[runs["state"] == "finished"].sort_values(
         "variant", key=lambda c: c.map(list(variants).index), kind="stable"
     )
     scored = finished.dropna(subset="hns")
-    games = finished.groupby(["env_id", "variant"], sort=False)[["score", "hns"]].agg(["mean", "std", "count"])
+    games = finished.groupby(["env_id", "variant"], sort=False)[["score", "hns"]].agg(["mean", "std"])
     games.columns = ["_".join(c) for c in games.columns]
-    games = (
-        games.reset_index()
-        .sort_values("env_id", kind="stable")
-        .drop(columns="hns_count")
-        .rename(columns={"score_count": "seeds"})
-    )
-    totals, compared = aggregates(scored), comparisons(scored, variants)
-    figures = args.out / "figures"
+    games = games.assign(seeds=finished.groupby(["env_id", "variant"], sort=False).size()).reset_index()
+    (totals, matrices), compared = aggregates(scored), comparisons(scored, variants)
+
+    figures, pictures = args.out / "figures", []
     figures.mkdir(parents=True, exist_ok=True)
     for path in figures.glob("*.png"):
         path.unlink()
-    tables = {"scores": runs, "games": games, "aggregates": totals, "comparisons": compared, "curves": curves}
-    for name, table in tables.items():
+    for name, table in {
+        "scores": runs,
+        "games": games,
+        "aggregates": totals,
+        "comparisons": compared,
+        "curves": curves,
+    }.items():
         table.to_csv(args.out / f"{name}.csv", index=False, float_format="%.4g" if name == "curves" else "%.6g")
-    pictures = []
 
     def save(figure, name, caption):
-        name = re.sub(r"[^a-z0-9]+", "_", name.lower())
+        name = re.sub(r"[^a-z0-9]+", "_", name.lower())[:100]
         figure.savefig(figures / f"{name}.png", dpi=120, bbox_inches="tight")
         plt.close("all")
         pictures.append(f"![{caption}](figures/{name}.png)\n\n*{caption}.*")
 
-    family = {v: FAMILIES.get(script, "PPO" if "clip_coef" in s else "PQN") for v, (script, s) in variants.items()}
-    draw_curves(curves.merge(runs.drop(columns="step").assign(figure=runs["variant"].map(family).replace("GNS", "PQN")), on="run"), save)
-    draw_scores(compared, scored, variants, save)
-    states = ", ".join(f"{n} {state}" for state, n in runs["state"].value_counts().items())
-    left_out = [f"{r.run}: {r.state}{', ' * bool(r.note)}{r.note}" for r in runs.itertuples() if r.state != "finished"]
-    notes = [*doubts(runs, finished)]
-    over_all = compared[compared["env_id"] == "all"]
-    sections = {"Doubtful": "\n".join(f"* {note}" for note in notes) or "Nothing.", "Aggregates": markdown(totals)}
-    sections |= {"Comparisons": markdown(over_all.drop(columns="env_id")), "Scores per game": markdown(games)}
-    sections |= {
-        "Figures": "\n\n".join(pictures),
-        "Left out of the scores": "\n".join(f"* {line}" for line in left_out) or "None.",
+    family = {
+        v: FAMILIES.get(script, "PPO" if "clip_coef" in s else "PQN").replace("GNS", "PQN")
+        for v, (script, s) in variants.items()
     }
+    draw_curves(curves.merge(runs.drop(columns="step").assign(figure=runs["variant"].map(family)), on="run"), save)
+    draw_scores(compared, matrices, save)
+    states = ", ".join(f"{n} {state}" for state, n in runs["state"].value_counts().items())
+    left_out = [f"{r.run}: {r.state}, {r.note}" for r in runs.itertuples() if r.state != "finished"]
+    notes = list(doubts(runs, finished))
+    games["cell"] = [
+        f"{number(r.score_mean)} ± {number(r.score_std)} ({r.seeds}), {number(r.hns_mean)}" for r in games.itertuples()
+    ]
+    per_game = games.pivot(index="env_id", columns="variant", values="cell").reindex(columns=games["variant"].unique())
+    sections = {"Doubtful": "\n".join(f"* {note}" for note in notes) or "Nothing.", "Aggregates": markdown(totals)}
+    sections["Comparisons"] = markdown(compared[compared["env_id"] == "all"].drop(columns="env_id"))
+    sections["Score ± standard deviation (seeds), HNS"] = markdown(per_game.reset_index())
+    sections["Figures"] = "\n\n".join(pictures) or "None."
+    sections["Left out of the scores"] = "\n".join(f"* {line}" for line in left_out) or "None."
     text = "\n\n".join(f"## {title}\n\n{content}" for title, content in sections.items())
     explained = "Definitions: `python benchmark/report.py --help`. In brackets: 95 % bootstrap intervals over seeds."
     (args.out / "report.md").write_text(f"# Report\n\n{len(runs)} runs: {states}. {explained}\n\n{text}\n", encoding="utf-8")
