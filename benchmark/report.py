@@ -2,25 +2,28 @@
 
     python benchmark/report.py runs/ --out report/
 
-Folders given are runs, hold runs at any depth, or are the --out of an earlier report, whose tables of runs are read. Written are
-report.md (tables, figures, what is doubtful, what is left out and why), figures/, scores.csv (runs), games.csv, aggregates.csv (per
-variant), comparisons.csv (pairs of variants) and curves.csv (100 points per run).
+Folders given are runs, hold runs at any depth, or are the --out of an earlier report, whose tables of runs are read.
+Written are report.md (tables, figures, what is doubtful, what is left out and why), figures/, scores.csv (runs), games.csv,
+aggregates.csv (per variant), comparisons.csv (pairs of variants) and curves.csv (100 points per run).
 
-A variant is a script with the settings that matter for the result: where and how a run was computed does not, nor do settings of
-adaptation where the rollout is fixed. Definitions:
+A variant is a script with the settings that matter for the result: where and how a run was computed does not, nor do
+settings of adaptation where the rollout is fixed. Definitions:
 
 * Score: mean of the final evaluation (eval.json). HNS: its human-normalised score, 0 for a random player, 1 for a human.
-* Aggregates (Agarwal et al., arXiv 2108.13264): over the games that all variants share, with as many seeds (the lowest) as each of
-  these games has. Variants with at most half as many games as another are left out.
+* Aggregates (Agarwal et al., arXiv 2108.13264): over the games that all variants share, with as many seeds (the lowest) as
+  each of  these games has. Variants with at most half as many games as another are left out.
 * Predicted Atari-57 median (Aitchison et al., arXiv 2210.02019), in percent, from the ten games of Atari-10 with weights w:
   10^(sum of w * log10(1 + max(0, x))) - 1, x being the mean HNS of a game in percent.
-* Compared are variants of one budget that differ in one thing: what sets batch and updates, where one of them adapts; one other
-  setting; or the script, where one is none of ours. p-values are not corrected for their number.
-* Probability of improvement of A over B: mean over games of the probability that a run of A scores higher (ties count half).
+* Compared are variants of one budget that differ in one thing: what sets batch and updates, where one of them adapts; one
+  other  setting; or the script, where one is none of ours. p-values are not corrected for their number.
+* Probability of improvement of A over B: mean over games of the probability that a run of A scores higher (ties count
+  half).
 * Improvement of A over B in a game: 100 * (HNS of A - HNS of B) / max(1, HNS of B) percent (Wang et al., arXiv 1511.06581).
 * p: two-sided permutation test, within games, of the mean difference in HNS; exact where there are at most 20,000 ways.
-* Intervals: 95 % stratified bootstrap (percentile, 2,000 resamples) over seeds, at least two. They are about these games only.
-* Curves: mean over 1 % of training, held for at most 5 % where no game ended; then over runs, shaded from lowest to highest.
+* Intervals: 95 % stratified bootstrap (percentile, 2,000 resamples) over seeds, at least two. They are about these games
+  only.
+* Curves: mean over 1 % of training, held for at most 5 % where no game ended; then over runs, shaded from lowest to
+  highest.
 """
 
 import argparse
