@@ -11,23 +11,21 @@ settings of adaptation where the rollout is fixed. Definitions:
 
 * Score: mean of the final evaluation (eval.json). HNS: its human-normalised score, 0 for a random player, 1 for a human.
 * Aggregates (Agarwal et al., arXiv 2108.13264): over the games that all variants share, with as many seeds (the lowest) as
-  each of  these games has. Variants with at most half as many games as another are left out.
+  each of them has. Variants with at most half as many games as another are left out.
 * Predicted Atari-57 median (Aitchison et al., arXiv 2210.02019), in percent, from the ten games of Atari-10 with weights w:
   10^(sum of w * log10(1 + max(0, x))) - 1, x being the mean HNS of a game in percent.
 * Compared are variants of one budget that differ in one thing: what sets batch and updates, where one of them adapts; one
-  other  setting; or the script, where one is none of ours. p-values are not corrected for their number.
-* Probability of improvement of A over B: mean over games of the probability that a run of A scores higher (ties count
-  half).
+  other setting; or the script, where one is none of ours. p-values are not corrected for their number.
+* Probability of improvement of A over B: mean over games of the probability that a run of A scores higher, ties half.
 * Improvement of A over B in a game: 100 * (HNS of A - HNS of B) / max(1, HNS of B) percent (Wang et al., arXiv 1511.06581).
 * p: two-sided permutation test, within games, of the mean difference in HNS; exact where there are at most 20,000 ways.
-* Intervals: 95 % stratified bootstrap (percentile, 2,000 resamples) over seeds, at least two. They are about these games
-  only.
-* Curves: mean over 1 % of training, held for at most 5 % where no game ended; then over runs, shaded from lowest to
-  highest.
+* Intervals: 95 % stratified bootstrap (percentile, 2,000 resamples) over seeds, at least two, and about these games only.
+* Curves: mean over 1 % of training, held for at most 5 % where no game ended; then over runs, shaded from lowest to highest.
 """
 
 import argparse
 import ast
+import functools
 import hashlib
 import itertools
 import json
@@ -35,9 +33,6 @@ import math
 import re
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -73,12 +68,9 @@ EVALUATION = "policy episodes eval_sticky_action_probability eval_max_episode_st
 COLUMNS = "run variant state note script env_id seed step total_timesteps score hns".split() + EVALUATION
 COLUMNS += "distinct_games time_limits source torch envpool started settings".split()
 METRICS = {"iqm": metrics.aggregate_iqm, "mean": metrics.aggregate_mean, "median": metrics.aggregate_median}
-METRICS["optimality_gap"] = metrics.aggregate_optimality_gap
+METRICS |= {"optimality_gap": metrics.aggregate_optimality_gap}
 ATARI57 = pd.read_csv(Path(__file__).parent / "atari57_scores.csv", index_col="env_id")
 ATARI10 = ATARI57["atari10_weight"].dropna()
-
-
-# Runs
 
 
 def find_runs(path, seen):
@@ -124,10 +116,10 @@ def read_evaluation(folder, args, step, longest):
     if content.get("env_id") != args["env_id"] or content.get("global_step", step) + longest <= args["total_timesteps"]:
         raise ValueError(f"eval.json is of {content.get('env_id')} at step {content.get('global_step', step):,}")
     policy = f"epsilon {content['epsilon']}" if "epsilon" in content else "greedy" if content.get("greedy") else "sampled"
-    row = {"score": content["mean"], "episodes": content["episodes"], "policy": policy}
+    row = {"state": "finished", "score": content["mean"], "policy": policy}
     for name in ("sticky_action_probability", "max_episode_steps", "precision"):  # old runs: those of training
         row[f"eval_{name}"] = content.get(name, args.get(name))
-    return row | {name: content.get(name) for name in ("distinct_games", "time_limits")}
+    return row | {name: content.get(name) for name in ("episodes", "distinct_games", "time_limits")}
 
 
 def read_run(folder):
@@ -159,16 +151,16 @@ def read_run(folder):
     step = int(max([steps.max() for steps, _ in scalars.values()], default=total if (folder / "eval.json").exists() else 0))
     losses = [points for name, points in scalars.items() if name.startswith("losses/")]
     infinite = min([steps[~np.isfinite(values)].min(initial=math.inf) for steps, values in losses], default=math.inf)
-    row |= {"step": step, "state": "finished", "note": ""}
-    try:
-        if infinite < math.inf:
-            row |= {"state": "diverged", "note": f"a loss is not finite at step {infinite:,.0f} of {total:,.0f}"}
-        elif step + longest <= total:
-            row |= {"state": "unfinished", "note": f"step {step:,} of {total:,.0f} ({step / total:.0%})"}
-        else:
+    row |= {"step": step, "note": ""}
+    if infinite < math.inf:
+        row |= {"state": "diverged", "note": f"a loss is not finite at step {infinite:,.0f} of {total:,.0f}"}
+    elif step + longest <= total:
+        row |= {"state": "unfinished", "note": f"step {step:,} of {total:,.0f} ({step / total:.0%})"}
+    else:
+        try:
             row |= read_evaluation(folder, args, step, longest)
-    except ValueError as e:
-        row |= {"state": "not evaluated", "note": str(e)}
+        except ValueError as e:
+            row |= {"state": "not evaluated", "note": str(e)}
     points = np.arange(1, 101)
     curves = pd.DataFrame({"run": row["run"], "step": np.round(points * total / 100).astype(int)}, index=points)
     for name, (scalar, _) in CURVES.items():
@@ -193,6 +185,7 @@ def settings_of(args, is_old):
     return {k: v for k, v in settings.items() if not re.fullmatch(idle, k) and v not in ("", None)}
 
 
+@functools.cache
 def defaults_of(script):
     """The defaults of one of our scripts, read from its source; of another one none."""
     tree = ast.parse((ROOT / script).read_text(encoding="utf-8") if script in FAMILIES and (ROOT / script).is_file() else "")
@@ -201,30 +194,21 @@ def defaults_of(script):
 
 
 def name_variants(keys):
-    """Dict from (script, settings as JSON) to a name, such as "PQN ABS 16-64" or "PQN fixed 32", followed by what differs among those of
-    that name and is no default. What a run does not know has its default."""
+    """Dict from (script, settings as JSON) to a name, such as "PQN ABS 16-64" or "PQN fixed 32", followed by what differs among
+    those of that name and is no default. What a run does not know has its default."""
     groups, names = {}, {}
     for script, text in keys:
         own, family = json.loads(text), FAMILIES.get(script, script.removesuffix(".py"))
         signal = signal_of(own)
         longest = own["num_steps" if signal == "fixed" else "rollout_length_max"]
-        words = (
-            [family]
-            + [signal] * (signal != family)
-            + [str(longest) if signal == "fixed" else f"{own['rollout_length_min']}-{longest}"]
-        )
-        place = list(SIGNALS.values()).index(signal), [*FAMILIES, script].index(script), longest, " ".join(words)
-        groups.setdefault(place, []).append((script, text, own))
-    for place, alike in sorted(groups.items(), key=lambda group: group[0]):
-        default = defaults_of(alike[0][0])
-        varied = [
-            k
-            for k in sorted({k for *_, own in alike for k in own})
-            if len({str(own.get(k, default.get(k))) for *_, own in alike}) > 1
-        ]
-        for script, text, own in alike:
-            differ = [f"{k} {own[k]}" for k in varied if k in own and own[k] != default.get(k)]
-            names[script, text] = ", ".join([place[-1], *differ])
+        lengths = str(longest) if signal == "fixed" else f"{own['rollout_length_min']}-{longest}"
+        place = list(SIGNALS.values()).index(signal), [*FAMILIES, script].index(script), longest
+        groups.setdefault((place, f"{family} {signal} {lengths}".replace("GNS GNS", "GNS")), {})[script, text] = own
+    for (_, short), alike in sorted(groups.items()):
+        for (script, text), own in alike.items():
+            own = {k: v for k, v in own.items() if v != defaults_of(script).get(k)}
+            differ = [f"{k} {own[k]}" for k in sorted(own) if any(other.get(k) != own[k] for other in alike.values())]
+            names[script, text] = ", ".join([short, *differ])
     return names
 
 
@@ -253,9 +237,10 @@ def read_runs(paths, out):
     runs = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates("run", ignore_index=True).fillna({"note": ""})
     runs = runs.astype(dict.fromkeys(("seed", "step", "total_timesteps", "started"), "Int64"))
     runs["hns"] = normalised(runs["env_id"], runs["score"].astype(float))
-    known = runs[runs["settings"].notna()]
-    names = name_variants(set(zip(known["script"], known["settings"], strict=True)))
-    runs["variant"] = [names.get(key) for key in zip(runs["script"], runs["settings"], strict=True)]
+    keys = list(zip(runs["script"], runs["settings"], strict=True))
+    names = name_variants({key for key in keys if isinstance(key[1], str)})
+    runs["variant"] = [names.get(key) for key in keys]
+    runs = runs.sort_values("variant", key=lambda c: c.map({v: i for i, v in enumerate(names.values())}), kind="stable")
     # Of several runs of one variant, game and seed the newest finished one counts, else the newest one
     best = runs[runs["variant"].notna() & (runs["state"] != "duplicate")]
     best = best.assign(ended=best["state"] == "finished").sort_values(["ended", "started", "run"], ascending=False)
@@ -268,22 +253,14 @@ def read_runs(paths, out):
     return runs, curves[curves["run"].isin(counting)], {name: (key[0], json.loads(key[1])) for key, name in names.items()}
 
 
-# Statistics
-
-
 def estimate(names, scores, function):
     """Dict of estimates and of the ends of their intervals, NaN where an array has one seed; scores: (seeds, games) or a list."""
     np.random.seed(0)  # rliable 1.2.0 draws from NumPy's global state, whatever random_state it is given
     arrays = scores if isinstance(scores, list) else [scores]
     point, ends = function(*arrays), np.full((2, len(names)), np.nan)
     if min(map(len, arrays)) > 1:
-        _, ends = rly.get_interval_estimates({0: scores}, function, reps=2000)
-        ends = ends[0]
-    return {
-        n + end: x
-        for end, xs in zip(("", "_low", "_high"), (point, *ends), strict=True)
-        for n, x in zip(names, xs, strict=True)
-    }
+        ends = rly.get_interval_estimates({0: scores}, function, reps=2000)[1][0]
+    return dict(zip([n + end for end in ("", "_low", "_high") for n in names], np.concatenate([point, *ends]), strict=True))
 
 
 def score_matrix(own, games):
@@ -366,12 +343,10 @@ def comparisons(scored, variants):
     return pd.DataFrame(rows, columns=None if rows else ["variant", "baseline", "env_id"])
 
 
-# Report
-
-
-def draw_curves(data, save):
-    """Curves by budget and figure: a panel per game, a line per variant, and the IQM of human-normalised returns over all games."""
-    for (total, figure), own in data.groupby(["total_timesteps", "figure"]):
+def draw_curves(data, variants, save):
+    """Curves by budget and figure: a panel per game, a line per variant, and the IQM of human-normalised returns over games."""
+    family = {v: FAMILIES.get(s, "PPO" if "clip_coef" in own else "PQN") for v, (s, own) in variants.items()}
+    for (total, figure), own in data.groupby(["total_timesteps", data["variant"].map(family).replace("GNS", "PQN")]):
         own, ended = own.copy(), own["state"].isin(["finished", "not evaluated"])
         own["variant"] += np.where(ended, "", ", " + own["state"])
         runs = own.groupby(["variant", "env_id"])["run"].transform("nunique")
@@ -398,10 +373,9 @@ def draw_scores(compared, matrices, save):
     """Performance profiles, improvement per game, improvement against the longest rollout."""
     if matrices:
         tau = np.unique(np.concatenate([[0], *(x.ravel() for x in matrices.values())]))
-        profile = rly.create_performance_profile(
-            matrices, tau, custom_profile_func=lambda x, tau: (x[..., None] > tau).mean((0, 1))
-        )
-        axis = plot_utils.plot_performance_profiles(profile[0], tau, profile[1], xlabel="human-normalised score", legend=True)
+        fast = {"custom_profile_func": lambda x, tau: (x[..., None] > tau).mean((0, 1))}
+        shares, ends = rly.create_performance_profile(matrices, tau, **fast)
+        axis = plot_utils.plot_performance_profiles(shares, tau, ends, xlabel="human-normalised score", legend=True)
         sns.move_legend(axis, "upper center", bbox_to_anchor=(0.5, -0.2))
         save(axis.figure, "profiles", "Share of runs above a score, over the games that these variants share")
     for variant, own in compared[compared["env_id"] != "all"].groupby("variant", sort=False):
@@ -432,9 +406,8 @@ def markdown(table):
     columns = [c for c in table if not c.endswith(("_low", "_high"))]
     lines = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|---" * len(columns) + "|"]
     for row in table.to_dict("records"):
-        ends = {
-            c: f" [{number(row[c + '_low'])}, {number(row[c + '_high'])}]" for c in columns if pd.notna(row.get(c + "_low"))
-        }
+        known = [c for c in columns if pd.notna(row.get(c + "_low"))]
+        ends = {c: f" [{number(row[c + '_low'])}, {number(row[c + '_high'])}]" for c in known}
         lines.append("| " + " | ".join(number(row[c]) + ends.get(c, "") for c in columns) + " |")
     return "\n".join(lines) if len(table) else "None."
 
@@ -471,29 +444,20 @@ def main():
         parser.error(f"{args.out} holds something else than an earlier report; choose another --out")
     runs, curves, variants = read_runs(args.runs, args.out)
     if not variants:
-        parser.error(
-            "\n".join(["there is no run", *(f"{run}: {note}" for run, note in zip(runs["run"], runs["note"], strict=True))])
-        )
-    finished = runs[runs["state"] == "finished"].sort_values(
-        "variant", key=lambda c: c.map(list(variants).index), kind="stable"
-    )
+        parser.error("\n".join(["there is no run", *(f"{r.run}: {r.note}" for r in runs.itertuples())]))
+    finished = runs[runs["state"] == "finished"]
     scored = finished.dropna(subset="hns")
-    games = finished.groupby(["env_id", "variant"], sort=False)[["score", "hns"]].agg(["mean", "std"])
-    games.columns = ["_".join(c) for c in games.columns]
-    games = games.assign(seeds=finished.groupby(["env_id", "variant"], sort=False).size()).reset_index()
+    games = finished.groupby(["env_id", "variant"], sort=False)
+    games = games.agg(
+        seeds=("score", "size"), **{f"{c}_{f}": (c, f) for c in ("score", "hns") for f in ("mean", "std")}
+    ).reset_index()
     (totals, matrices), compared = aggregates(scored), comparisons(scored, variants)
-
     figures, pictures = args.out / "figures", []
     figures.mkdir(parents=True, exist_ok=True)
     for path in figures.glob("*.png"):
         path.unlink()
-    for name, table in {
-        "scores": runs,
-        "games": games,
-        "aggregates": totals,
-        "comparisons": compared,
-        "curves": curves,
-    }.items():
+    tables = {"scores": runs, "games": games, "aggregates": totals, "comparisons": compared, "curves": curves}
+    for name, table in tables.items():
         table.to_csv(args.out / f"{name}.csv", index=False, float_format="%.4g" if name == "curves" else "%.6g")
 
     def save(figure, name, caption):
@@ -502,19 +466,13 @@ def main():
         plt.close("all")
         pictures.append(f"![{caption}](figures/{name}.png)\n\n*{caption}.*")
 
-    family = {
-        v: FAMILIES.get(script, "PPO" if "clip_coef" in s else "PQN").replace("GNS", "PQN")
-        for v, (script, s) in variants.items()
-    }
-    draw_curves(curves.merge(runs.drop(columns="step").assign(figure=runs["variant"].map(family)), on="run"), save)
+    draw_curves(curves.merge(runs.drop(columns="step"), on="run"), variants, save)
     draw_scores(compared, matrices, save)
     states = ", ".join(f"{n} {state}" for state, n in runs["state"].value_counts().items())
     left_out = [f"{r.run}: {r.state}, {r.note}" for r in runs.itertuples() if r.state != "finished"]
     notes = list(doubts(runs, finished))
-    games["cell"] = [
-        f"{number(r.score_mean)} ± {number(r.score_std)} ({r.seeds}), {number(r.hns_mean)}" for r in games.itertuples()
-    ]
-    per_game = games.pivot(index="env_id", columns="variant", values="cell").reindex(columns=games["variant"].unique())
+    cells = [f"{number(r.score_mean)} ± {number(r.score_std)} ({r.seeds}), {number(r.hns_mean)}" for r in games.itertuples()]
+    per_game = games.assign(cell=cells).pivot(index="env_id", columns="variant", values="cell")[games["variant"].unique()]
     sections = {"Doubtful": "\n".join(f"* {note}" for note in notes) or "Nothing.", "Aggregates": markdown(totals)}
     sections["Comparisons"] = markdown(compared[compared["env_id"] == "all"].drop(columns="env_id"))
     sections["Score ± standard deviation (seeds), HNS"] = markdown(per_game.reset_index())
