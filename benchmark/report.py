@@ -2,12 +2,11 @@
 
     python benchmark/report.py runs/ --out report/
 
-Folders given are runs, hold runs at any depth, or are the --out of an earlier report, whose tables of runs are read.
-Written are report.md (tables, figures, what is doubtful, what is left out and why), figures/, scores.csv (runs), games.csv,
-aggregates.csv (per variant), comparisons.csv (pairs of variants) and curves.csv (100 points per run).
+Folders given are runs, hold runs at any depth, or are the --out of an earlier report, whose tables of runs are read. Written
+are report.md, figures/, scores.csv (runs), games.csv, aggregates.csv (variants), comparisons.csv (pairs), curves.csv (runs).
 
-A variant is a script with the settings that matter for the result: where and how a run was computed does not, nor do
-settings of adaptation where the rollout is fixed. Definitions:
+A variant is a script with the settings that matter: where and how a run was computed does not, nor do settings of adaptation
+where the rollout is fixed. Definitions:
 
 * Score: mean of the final evaluation (eval.json). HNS: its human-normalised score, 0 for a random player, 1 for a human.
 * Aggregates (Agarwal et al., arXiv 2108.13264): over the games that all variants share, with as many seeds (the lowest) as
@@ -25,11 +24,11 @@ settings of adaptation where the rollout is fixed. Definitions:
 
 import argparse
 import ast
-import functools
 import hashlib
 import itertools
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -47,9 +46,9 @@ FAMILIES = {"pqn_abs_atari.py": "PQN", "pqn_l_abs_atari.py": "PQN-L", "pqn_xl_ab
 FAMILIES |= {"ppo_abs_atari.py": "PPO", "gns_batch_atari.py": "GNS"}
 SIGNALS = {"divergence": "ABS", "kl": "ABS", "noise-scale": "GNS", "replay": "yoked", "time": "time", "fixed": "fixed"}
 NO_MATTER = (  # for the result; from eval_only on, flags of runs before the redesign
-    "exp_name|env_id|seed|torch_deterministic|device|compile|track|wandb_.*|run_dir|checkpoint_interval|keep_checkpoints|env_threads|"
-    "torch_threads|eval_(episodes|epsilon|greedy)|capture_video|video_episodes|replay|eval_only|model|resume|auto_resume|cudagraphs|"
-    "microbatch_size|env_pools|memory_format|schedule_timesteps|log_noise_scale|noise_scale_(window|warmup)"
+    "exp_name|env_id|seed|torch_deterministic|device|compile|track|wandb_.*|run_dir|checkpoint_interval|keep_checkpoints|"
+    "env_threads|torch_threads|eval_(episodes|epsilon|greedy)|capture_video|video_episodes|replay|eval_only|model|resume|"
+    "auto_resume|cudagraphs|microbatch_size|env_pools|memory_format|schedule_timesteps|log_noise_scale|noise_scale_(window|warmup)"
 )
 FED = "(divergence|kl)_(min|max)|schedule|reference_batch_size"  # to the rule of ABS
 MEASURED = FED + "|divergence_(window|warmup)|noise_scale_groups"
@@ -57,41 +56,30 @@ ADAPTATION = MEASURED + "|adapt_interval|adapt_signal|rollout_.*"
 UPDATES = ADAPTATION + "|adapt_rollout|num_steps|num_minibatches|update_epochs|scale_epochs"
 IDLE = {"ABS": "noise_scale_groups", "GNS": FED, "time": MEASURED, "fixed": ADAPTATION}
 IDLE["yoked"] = IDLE["time"] + "|adapt_interval|rollout_smoothing"
-CURVES = {  # column of curves.csv: (scalar, axis label)
-    "episodic_return": ("charts/episodic_return", "return"),
-    "divergence": ("abs/divergence", "behavioral divergence"),
-    "kl": ("abs/kl", "KL(old || new), nats"),
-    "b_simple": ("gns/b_simple", "noise scale, samples"),
-    "rollout_length": ("abs/rollout_length", "rollout length, steps per environment"),
-}
+CURVES = {"episodic_return": "charts/episodic_return", "divergence": "abs/divergence", "kl": "abs/kl"}
+CURVES |= {"noise_scale": "gns/b_simple", "rollout_length": "abs/rollout_length"}
 EVALUATION = "policy episodes eval_sticky_action_probability eval_max_episode_steps eval_precision".split()
 COLUMNS = "run variant state note script env_id seed step total_timesteps score hns".split() + EVALUATION
 COLUMNS += "distinct_games time_limits source torch envpool started settings".split()
-METRICS = {"iqm": metrics.aggregate_iqm, "mean": metrics.aggregate_mean, "median": metrics.aggregate_median}
-METRICS |= {"optimality_gap": metrics.aggregate_optimality_gap}
+METRICS = "iqm", "mean", "median", "optimality_gap"
 ATARI57 = pd.read_csv(Path(__file__).parent / "atari57_scores.csv", index_col="env_id")
 ATARI10 = ATARI57["atari10_weight"].dropna()
 
 
-def find_runs(path, seen):
+def find_runs(path):
     """Run folders at any depth, and empty folders."""
-    if path.resolve() in seen:
-        return
-    seen.add(path.resolve())
-    content = sorted(path.iterdir())
-    if not content or any(re.match(r"(args|eval)\.json|checkpoint.*\.pt|events\.out", p.name) for p in content):
-        yield path
-    for below in content:
-        if below.is_dir() and not below.name.startswith(".") and below.name not in ("videos", "wandb"):
-            yield from find_runs(below, seen)
+    for folder, below, files in os.walk(path, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith(".") and name not in ("videos", "wandb"))
+        if not below + files or any(re.match(r"(args|eval)\.json|checkpoint.*\.pt|events\.out", name) for name in files):
+            yield Path(folder)
 
 
 def read_json(path):
     """The content; ValueError says what is wrong with the file."""
-    if not path.exists():
-        raise ValueError(f"no {path.name}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"no {path.name}") from None
     except ValueError:
         raise ValueError(f"{path.name} is damaged") from None
 
@@ -134,24 +122,21 @@ def read_run(folder):
     if total <= 0:
         raise ValueError(f"no training, an evaluation of {args.get('init_from')}")
     sources = sorted(folder.glob("*.py"))
-    if is_old := "computed_with" not in args:  # a run before the redesign
-        computed = (read_json(folder / "versions.json") if (folder / "versions.json").exists() else [{}])[-1]
-    else:
-        computed = args.pop("computed_with")
+    is_old, versions = "computed_with" not in args, folder / "versions.json"  # of runs before the redesign
+    computed = args.pop("computed_with", None) or (read_json(versions)[-1] if versions.exists() else {})
     args["precision"] = computed.get("precision", args.get("precision"))  # what "auto" became
-    row = {"run": folder.as_posix(), "env_id": args["env_id"], "seed": args["seed"], "total_timesteps": total}
-    row["script"] = computed.get("script") or (sources[0].name if sources else f"{args.get('exp_name')}.py")
+    row = {"run": folder.as_posix(), "settings": json.dumps(settings_of(args, is_old), sort_keys=True)}
+    row |= {name: args[name] for name in ("env_id", "seed", "total_timesteps")}
+    row |= {name: computed.get(name) for name in ("script", "torch", "envpool")}
+    row["script"] = row["script"] or (sources[0].name if sources else f"{args.get('exp_name')}.py")
     row["source"] = hashlib.sha256(sources[0].read_bytes()).hexdigest()[:12] if sources else None
-    row |= {"torch": computed.get("torch"), "envpool": computed.get("envpool")}
-    row["settings"] = json.dumps(settings_of(args, is_old), sort_keys=True)
     row["started"] = max([int(t) for f in folder.glob("events*") for t in re.findall(r"tfevents\.(\d+)", f.name)], default=0)
-
     scalars = {k: points for k, points in read_scalars(folder).items() if not k.startswith("eval/")}
     longest = args["num_envs"] * args["rollout_length_max" if args.get("adapt_rollout") else "num_steps"]
     step = int(max([steps.max() for steps, _ in scalars.values()], default=total if (folder / "eval.json").exists() else 0))
     losses = [points for name, points in scalars.items() if name.startswith("losses/")]
     infinite = min([steps[~np.isfinite(values)].min(initial=math.inf) for steps, values in losses], default=math.inf)
-    row |= {"step": step, "note": ""}
+    row["step"] = step
     if infinite < math.inf:
         row |= {"state": "diverged", "note": f"a loss is not finite at step {infinite:,.0f} of {total:,.0f}"}
     elif step + longest <= total:
@@ -161,12 +146,10 @@ def read_run(folder):
             row |= read_evaluation(folder, args, step, longest)
         except ValueError as e:
             row |= {"state": "not evaluated", "note": str(e)}
-    points = np.arange(1, 101)
-    curves = pd.DataFrame({"run": row["run"], "step": np.round(points * total / 100).astype(int)}, index=points)
-    for name, (scalar, _) in CURVES.items():
+    curves = pd.DataFrame({"run": row["run"], "step": np.arange(1, 101) * int(total) // 100}, index=range(1, 101))
+    for name, scalar in CURVES.items():
         if scalar in scalars:
-            steps, values = scalars[scalar]
-            curves[name] = pd.Series(values).groupby(np.ceil(100 * steps / total)).mean()
+            curves[name] = pd.Series(scalars[scalar][1]).groupby(np.ceil(100 * scalars[scalar][0] / total)).mean()
     return row, curves[curves["step"] < step + total / 100] if scalars else None
 
 
@@ -185,7 +168,6 @@ def settings_of(args, is_old):
     return {k: v for k, v in settings.items() if not re.fullmatch(idle, k) and v not in ("", None)}
 
 
-@functools.cache
 def defaults_of(script):
     """The defaults of one of our scripts, read from its source; of another one none."""
     tree = ast.parse((ROOT / script).read_text(encoding="utf-8") if script in FAMILIES and (ROOT / script).is_file() else "")
@@ -194,7 +176,7 @@ def defaults_of(script):
 
 
 def name_variants(keys):
-    """Dict from (script, settings as JSON) to a name, such as "PQN ABS 16-64" or "PQN fixed 32", followed by what differs among
+    """Dict from (script, settings as JSON) to a name: "PQN ABS 16-64" or "PQN fixed 32", followed by what differs among
     those of that name and is no default. What a run does not know has its default."""
     groups, names = {}, {}
     for script, text in keys:
@@ -204,29 +186,29 @@ def name_variants(keys):
         lengths = str(longest) if signal == "fixed" else f"{own['rollout_length_min']}-{longest}"
         place = list(SIGNALS.values()).index(signal), [*FAMILIES, script].index(script), longest
         groups.setdefault((place, f"{family} {signal} {lengths}".replace("GNS GNS", "GNS")), {})[script, text] = own
-    for (_, short), alike in sorted(groups.items()):
-        for (script, text), own in alike.items():
-            own = {k: v for k, v in own.items() if v != defaults_of(script).get(k)}
+    for (place, short), alike in groups.items():
+        default = defaults_of(next(iter(alike))[0])
+        for key, own in alike.items():
+            own = {k: v for k, v in own.items() if v != default.get(k)}
             differ = [f"{k} {own[k]}" for k in sorted(own) if any(other.get(k) != own[k] for other in alike.values())]
-            names[script, text] = ", ".join([short, *differ])
-    return names
+            names[key] = place, len(differ), ", ".join([short, *differ])
+    return {key: name for key, (*_, name) in sorted(names.items(), key=lambda item: item[1])}
 
 
 def normalised(env_ids, scores):
     """Human-normalised scores, NaN for games outside of the 57."""
-    low, high = env_ids.map(ATARI57["random"]), env_ids.map(ATARI57["human"])
-    return (scores - low) / (high - low)
+    return (scores - env_ids.map(ATARI57["random"])) / env_ids.map(ATARI57["human"] - ATARI57["random"])
 
 
-def read_runs(paths, out):
+def read_runs(paths):
     """(table of all runs, curves of those that count, dict from variant to (script, settings))."""
-    rows, curves, seen = [], [pd.DataFrame(columns=["run", "step", *CURVES])], {out.resolve()}
+    rows, curves = [], [pd.DataFrame(columns=["run", "step", *CURVES])]
     for path in paths:
         if (path / "scores.csv").is_file() and (path / "curves.csv").is_file():
             rows += pd.read_csv(path / "scores.csv").to_dict("records")
             curves.append(pd.read_csv(path / "curves.csv"))
             continue
-        for folder in find_runs(path, seen):
+        for folder in find_runs(path):
             try:
                 row, curve = read_run(folder)
                 rows.append(row)
@@ -235,7 +217,7 @@ def read_runs(paths, out):
                 note = str(e) if type(e) is ValueError else f"{type(e).__name__}: {e}"
                 rows.append({"run": folder.as_posix(), "state": "unreadable", "note": note})
     runs = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates("run", ignore_index=True).fillna({"note": ""})
-    runs = runs.astype(dict.fromkeys(("seed", "step", "total_timesteps", "started"), "Int64"))
+    runs = runs.astype(dict.fromkeys(("seed", "step", "total_timesteps", "started", "distinct_games", "time_limits"), "Int64"))
     runs["hns"] = normalised(runs["env_id"], runs["score"].astype(float))
     keys = list(zip(runs["script"], runs["settings"], strict=True))
     names = name_variants({key for key in keys if isinstance(key[1], str)})
@@ -254,7 +236,7 @@ def read_runs(paths, out):
 
 
 def estimate(names, scores, function):
-    """Dict of estimates and of the ends of their intervals, NaN where an array has one seed; scores: (seeds, games) or a list."""
+    """Dict of estimates and the ends of their intervals, NaN where an array has one seed; scores: (seeds, games) or a list."""
     np.random.seed(0)  # rliable 1.2.0 draws from NumPy's global state, whatever random_state it is given
     arrays = scores if isinstance(scores, list) else [scores]
     point, ends = function(*arrays), np.full((2, len(names)), np.nan)
@@ -271,7 +253,7 @@ def score_matrix(own, games):
 
 def predicted_median(scores):
     """Predicted median HNS of the 57 games in percent from HNS (seeds, 10 games in the order of ATARI10)."""
-    return np.array([10 ** (ATARI10.to_numpy() @ np.log10(1 + np.maximum(0, 100 * scores.mean(axis=0)))) - 1])
+    return 10 ** (np.log10(1 + 100 * scores.mean(axis=0, keepdims=True).clip(0)) @ ATARI10.to_numpy()) - 1
 
 
 def aggregates(scored):
@@ -284,8 +266,8 @@ def aggregates(scored):
         row = {"variant": variant, "games": len(games[variant])}
         if common and variant in many:
             x = matrices[variant] = score_matrix(own, common)
-            row |= {"seeds": len(x), "games": len(common)}
-            row |= estimate(METRICS, x, lambda x: np.array([function(x) for function in METRICS.values()]))
+            values = estimate(METRICS, x, lambda x: np.array([getattr(metrics, f"aggregate_{name}")(x) for name in METRICS]))
+            row |= {"games": len(common), "seeds": len(x)} | values
         if set(ATARI10.index) <= games[variant]:
             row |= estimate(["predicted_atari57_median"], score_matrix(own, ATARI10.index), predicted_median)
         rows.append(row)
@@ -300,8 +282,7 @@ def compare(x, y):
 
 
 def permutation_p(x, y, most=20_000):
-    """p of the difference in means of x (seeds, games) and y (other seeds, same games). Runs are permuted within each game, as
-    scipy.stats.permutation_test does not: in all ways, or where there are more than `most` in as many random ones."""
+    """p of the difference in means of x (seeds, games) and y. SciPy's test cannot permute runs within each game."""
     both, n = np.concatenate([x, y]), len(x)
     if math.comb(len(both), n) ** x.shape[1] <= most:
         chosen = np.array(list(itertools.combinations(range(len(both)), n)))
@@ -316,15 +297,15 @@ def permutation_p(x, y, most=20_000):
 def pairs(variants):
     """(A, B): the adaptive over the fixed, ABS over another rule of the same range, a user's script over ours."""
     for (a, (script_a, own)), (b, (script_b, other)) in itertools.combinations(variants.items(), 2):
-        same_script = len({{"gns_batch_atari.py": "pqn_abs_atari.py"}.get(s, s) for s in (script_a, script_b)}) == 1
+        same_script = script_a == script_b or {script_a, script_b} == {"pqn_abs_atari.py", "gns_batch_atari.py"}
         keys = own.keys() | other.keys() if same_script else own.keys() & other.keys()  # a copy may have new flags
         things = {"updates" if re.fullmatch(UPDATES, k) else k for k in keys if own.get(k) != other.get(k)}
-        ranges = [[s.get("rollout_length_min"), s.get("rollout_length_max")] for s in (own, other)]
+        fixed = [signal_of(settings) == "fixed" for settings in (own, other)]
+        same_range = all(own.get(k) == other.get(k) for k in ("rollout_length_min", "rollout_length_max"))
         if not same_script and not things and script_a in FAMILIES and script_b not in FAMILIES:
             yield b, a
-        elif same_script and things == {"updates"} and signal_of(own) != "fixed":
-            if signal_of(other) == "fixed" or signal_of(own) == "ABS" and ranges[0] == ranges[1]:
-                yield a, b
+        elif same_script and things == {"updates"} and not fixed[0] and (fixed[1] or signal_of(own) == "ABS" and same_range):
+            yield a, b
         elif same_script and len(things) == 1 and not things & {"updates", "total_timesteps"}:
             yield a, b
 
@@ -344,13 +325,13 @@ def comparisons(scored, variants):
 
 
 def draw_curves(data, variants, save):
-    """Curves by budget and figure: a panel per game, a line per variant, and the IQM of human-normalised returns over games."""
+    """Curves by budget and figure: a panel per game, a line per variant; besides the IQM of human-normalised returns."""
     family = {v: FAMILIES.get(s, "PPO" if "clip_coef" in own else "PQN") for v, (s, own) in variants.items()}
     for (total, figure), own in data.groupby(["total_timesteps", data["variant"].map(family).replace("GNS", "PQN")]):
         own, ended = own.copy(), own["state"].isin(["finished", "not evaluated"])
         own["variant"] += np.where(ended, "", ", " + own["state"])
         runs = own.groupby(["variant", "env_id"])["run"].transform("nunique")
-        for column, (_, label) in CURVES.items():
+        for column in CURVES:
             own["value"] = own.groupby("run")[column].ffill(limit=5).replace(np.inf, np.nan)
             complete = own.groupby(["variant", "env_id", "step"])["value"].transform("count") == runs
             drawn = own[complete | ~ended].dropna(subset="value")  # a mean of some runs would jump where another one joins
@@ -361,12 +342,12 @@ def draw_curves(data, variants, save):
                 hns = hns.groupby(["variant", "step"], as_index=False)["value"].agg(lambda x: stats.trim_mean(x, 0.25))
                 drawn, games = pd.concat([drawn, hns.assign(env_id="IQM of HNS")]), [*games, "IQM of HNS"]
             if games:
-                look = {"height": 2.2, "aspect": 1.4, "col_wrap": min(3, len(games)), "facet_kws": {"sharey": False}}
-                look |= {"hue": "variant", "style": "variant", "palette": "colorblind", "errorbar": ("pi", 100)}
+                look = {"hue": "variant", "style": "variant", "palette": "colorblind", "errorbar": ("pi", 100)}
+                look |= {"height": 2.2, "aspect": 1.4, "col_wrap": 3, "facet_kws": {"sharey": False}}
                 grid = sns.relplot(drawn, kind="line", x="step", y="value", col="env_id", col_order=games, **look)
                 sns.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0), title=None)
-                grid.set_titles("{col_name}").set_axis_labels("agent steps", label)
-                save(grid, f"{column} {figure} {total}", f"{label.capitalize()}: {figure}, {total:,} steps")
+                grid.set_titles("{col_name}").set_axis_labels("agent steps", column.replace("_", " "))
+                save(grid, f"{column} {figure} {total}", f"{column.replace('_', ' ').capitalize()}: {figure}, {total:,} steps")
 
 
 def draw_scores(compared, matrices, save):
@@ -379,8 +360,7 @@ def draw_scores(compared, matrices, save):
         sns.move_legend(axis, "upper center", bbox_to_anchor=(0.5, -0.2))
         save(axis.figure, "profiles", "Share of runs above a score, over the games that these variants share")
     for variant, own in compared[compared["env_id"] != "all"].groupby("variant", sort=False):
-        columns = min(3, own["baseline"].nunique())
-        grid = sns.catplot(own, kind="bar", x="improvement_percent", y="env_id", col="baseline", col_wrap=columns, height=4)
+        grid = sns.catplot(own, kind="bar", x="improvement_percent", y="env_id", col="baseline", col_wrap=3, height=4)
         grid.set_titles("over {col_name}").set_axis_labels("improvement, %", "")
         save(grid, f"improvement {variant}", f"Improvement per game: {variant}")
     sweep = compared[(compared["env_id"] == "all") & compared["baseline"].str.contains(" fixed ")]
@@ -409,59 +389,53 @@ def markdown(table):
         known = [c for c in columns if pd.notna(row.get(c + "_low"))]
         ends = {c: f" [{number(row[c + '_low'])}, {number(row[c + '_high'])}]" for c in known}
         lines.append("| " + " | ".join(number(row[c]) + ends.get(c, "") for c in columns) + " |")
-    return "\n".join(lines) if len(table) else "None."
+    return "\n".join(lines) if len(table) else ""
 
 
 def doubts(runs, finished):
     """Lines on whatever makes the numbers doubtful."""
 
-    def name(own):
+    def names(own):
         return ", ".join(own["run"]) if len(own) < 4 else f"{len(own)} runs"
 
     groups = [(column, "Runs", finished) for column in (*EVALUATION, "torch", "envpool")]
     for column, who, own in groups + [("source", f"Runs of {script}", own) for script, own in runs.groupby("script")]:
         if own[column].nunique() > 1:
-            yield f"{who} differ in {column}: {'; '.join(f'{x} ({name(r)})' for x, r in own.groupby(column))}."
+            yield f"{who} differ in {column}: {'; '.join(f'{x} ({names(r)})' for x, r in own.groupby(column))}."
     seeds = finished.groupby(["variant", "env_id"], sort=False).size().groupby("variant", sort=False).min()
     if few := [f"{variant} ({n})" for variant, n in seeds.items() if n < 5]:
         yield f"Fewer than 5 seeds in a game, so intervals are too narrow: {'; '.join(few)}."
-    alike = 2 * finished["distinct_games"].astype(float) < finished["episodes"].astype(float)
-    problems = {"Less than half of the evaluated games differ": finished[alike]}
-    problems["Evaluated games were cut by the time limit"] = finished[finished["time_limits"].astype(float) > 0]
+    problems = {
+        "Less than half of the evaluated games differ": finished[2 * finished["distinct_games"] < finished["episodes"]]
+    }
+    problems["Evaluated games were cut by the time limit"] = finished[finished["time_limits"] > 0]
     problems["No human-normalised score, so in no aggregate"] = finished[finished["hns"].isna()]
     problems["Diverged, so scores are those of the others"] = runs[runs["state"] == "diverged"]
-    yield from (f"{problem}: {name(own)}." for problem, own in problems.items() if len(own))
+    yield from (f"{problem}: {names(own)}." for problem, own in problems.items() if len(own))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="runs, or folders that hold runs")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write; an earlier report in it is replaced")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     args = parser.parse_args()
-    if missing := [path for path in args.runs if not path.is_dir()]:
-        parser.error(f"{missing[0]} is no folder; give runs/ or single runs")
-    if args.out.exists() and not (args.out / "scores.csv").exists() and any(args.out.iterdir()):
-        parser.error(f"{args.out} holds something else than an earlier report; choose another --out")
-    runs, curves, variants = read_runs(args.runs, args.out)
+    runs, curves, variants = read_runs(args.runs)
     if not variants:
-        parser.error("\n".join(["there is no run", *(f"{r.run}: {r.note}" for r in runs.itertuples())]))
+        found = "".join(f"\n{row.run}: {row.note}" for row in runs.itertuples())
+        parser.error(f"there is no run in {', '.join(map(str, args.runs))}{found}")
     finished = runs[runs["state"] == "finished"]
     scored = finished.dropna(subset="hns")
-    games = finished.groupby(["env_id", "variant"], sort=False)
-    games = games.agg(
-        seeds=("score", "size"), **{f"{c}_{f}": (c, f) for c in ("score", "hns") for f in ("mean", "std")}
-    ).reset_index()
+    columns = {f"{c}_{f}": (c, f) for c in ("score", "hns") for f in ("mean", "std")} | {"seeds": ("score", "size")}
+    games = finished.groupby(["env_id", "variant"], sort=False).agg(**columns).reset_index()
     (totals, matrices), compared = aggregates(scored), comparisons(scored, variants)
     figures, pictures = args.out / "figures", []
     figures.mkdir(parents=True, exist_ok=True)
-    for path in figures.glob("*.png"):
-        path.unlink()
     tables = {"scores": runs, "games": games, "aggregates": totals, "comparisons": compared, "curves": curves}
     for name, table in tables.items():
         table.to_csv(args.out / f"{name}.csv", index=False, float_format="%.4g" if name == "curves" else "%.6g")
 
     def save(figure, name, caption):
-        name = re.sub(r"[^a-z0-9]+", "_", name.lower())[:100]
+        name = re.sub(r"[^a-z0-9]+", "_", name.lower())[:200]
         figure.savefig(figures / f"{name}.png", dpi=120, bbox_inches="tight")
         plt.close("all")
         pictures.append(f"![{caption}](figures/{name}.png)\n\n*{caption}.*")
@@ -473,14 +447,14 @@ def main():
     notes = list(doubts(runs, finished))
     cells = [f"{number(r.score_mean)} ± {number(r.score_std)} ({r.seeds}), {number(r.hns_mean)}" for r in games.itertuples()]
     per_game = games.assign(cell=cells).pivot(index="env_id", columns="variant", values="cell")[games["variant"].unique()]
-    sections = {"Doubtful": "\n".join(f"* {note}" for note in notes) or "Nothing.", "Aggregates": markdown(totals)}
+    about = f"{len(runs)} runs: {states}. Definitions: `python benchmark/report.py --help`. In brackets: 95 % intervals."
+    sections = {"Report": about, "Doubtful": "\n".join(f"* {note}" for note in notes)}
+    sections["Aggregates"] = markdown(totals)
     sections["Comparisons"] = markdown(compared[compared["env_id"] == "all"].drop(columns="env_id"))
     sections["Score ± standard deviation (seeds), HNS"] = markdown(per_game.reset_index())
-    sections["Figures"] = "\n\n".join(pictures) or "None."
-    sections["Left out of the scores"] = "\n".join(f"* {line}" for line in left_out) or "None."
-    text = "\n\n".join(f"## {title}\n\n{content}" for title, content in sections.items())
-    explained = "Definitions: `python benchmark/report.py --help`. In brackets: 95 % bootstrap intervals over seeds."
-    (args.out / "report.md").write_text(f"# Report\n\n{len(runs)} runs: {states}. {explained}\n\n{text}\n", encoding="utf-8")
+    sections |= {"Figures": "\n\n".join(pictures), "Left out of the scores": "\n".join(f"* {line}" for line in left_out)}
+    text = "\n\n".join(f"## {title}\n\n{content or 'None.'}" for title, content in sections.items())
+    (args.out / "report.md").write_text(f"{text[1:]}\n", encoding="utf-8")
     print("\n".join([*left_out, *notes, f"{len(runs)} runs ({states}): {args.out / 'report.md'}"]))
 
 
