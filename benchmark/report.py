@@ -1,10 +1,7 @@
-"""Statistics and figures of finished and running runs.
-
-    python benchmark/report.py runs/ --out report/
+"""Statistics and figures of finished and running runs: python benchmark/report.py runs/ --out report/
 
 Folders given are runs, hold runs at any depth, or are the --out of an earlier report, whose tables of runs are read. Written
 are report.md, figures/, scores.csv (runs), games.csv, aggregates.csv (variants), comparisons.csv (pairs), curves.csv (runs).
-
 A variant is a script with the settings that matter: where and how a run was computed does not, nor do settings of adaptation
 where the rollout is fixed. Definitions:
 
@@ -60,7 +57,7 @@ CURVES = {"episodic_return": "charts/episodic_return", "divergence": "abs/diverg
 CURVES |= {"noise_scale": "gns/b_simple", "rollout_length": "abs/rollout_length"}
 EVALUATION = "policy episodes eval_sticky_action_probability eval_max_episode_steps eval_precision".split()
 COLUMNS = "run variant state note script env_id seed step total_timesteps score hns".split() + EVALUATION
-COLUMNS += "distinct_games time_limits source torch envpool started settings".split()
+COLUMNS += "distinct_games time_limits source started settings".split()
 METRICS = "iqm", "mean", "median", "optimality_gap"
 ATARI57 = pd.read_csv(Path(__file__).parent / "atari57_scores.csv", index_col="env_id")
 ATARI10 = ATARI57["atari10_weight"].dropna()
@@ -70,7 +67,9 @@ def find_runs(path):
     """Run folders at any depth, and empty folders."""
     for folder, below, files in os.walk(path, followlinks=True):
         below[:] = sorted(name for name in below if not name.startswith(".") and name not in ("videos", "wandb"))
-        if not below + files or any(re.match(r"(args|eval)\.json|checkpoint.*\.pt|events\.out", name) for name in files):
+        if not below + files or any(
+            re.match(r"(args|eval)\.json|checkpoint.*\.pt|events\.out|\.lock", name) for name in files
+        ):
             yield Path(folder)
 
 
@@ -105,8 +104,8 @@ def read_evaluation(folder, args, step, longest):
         raise ValueError(f"eval.json is of {content.get('env_id')} at step {content.get('global_step', step):,}")
     policy = f"epsilon {content['epsilon']}" if "epsilon" in content else "greedy" if content.get("greedy") else "sampled"
     row = {"state": "finished", "score": content["mean"], "policy": policy}
-    for name in ("sticky_action_probability", "max_episode_steps", "precision"):  # old runs: those of training
-        row[f"eval_{name}"] = content.get(name, args.get(name))
+    game = "sticky_action_probability", "max_episode_steps", "precision"  # where old runs do not say: those of training
+    row |= {f"eval_{name}": content.get(name, args.get(name)) for name in game}
     return row | {name: content.get(name) for name in ("episodes", "distinct_games", "time_limits")}
 
 
@@ -127,8 +126,7 @@ def read_run(folder):
     args["precision"] = computed.get("precision", args.get("precision"))  # what "auto" became
     row = {"run": folder.as_posix(), "settings": json.dumps(settings_of(args, is_old), sort_keys=True)}
     row |= {name: args[name] for name in ("env_id", "seed", "total_timesteps")}
-    row |= {name: computed.get(name) for name in ("script", "torch", "envpool")}
-    row["script"] = row["script"] or (sources[0].name if sources else f"{args.get('exp_name')}.py")
+    row["script"] = computed.get("script") or (sources[0].name if sources else f"{args.get('exp_name')}.py")
     row["source"] = hashlib.sha256(sources[0].read_bytes()).hexdigest()[:12] if sources else None
     row["started"] = max([int(t) for f in folder.glob("events*") for t in re.findall(r"tfevents\.(\d+)", f.name)], default=0)
     scalars = {k: points for k, points in read_scalars(folder).items() if not k.startswith("eval/")}
@@ -154,7 +152,6 @@ def read_run(folder):
 
 
 def signal_of(settings):
-    """What sets the rollout length: fixed, ABS, GNS, yoked (to another run's lengths) or time."""
     return SIGNALS.get(settings.get("adapt_signal"), "ABS") if settings.get("adapt_rollout") else "fixed"
 
 
@@ -214,7 +211,7 @@ def read_runs(paths):
                 rows.append(row)
                 curves += [] if curve is None else [curve]
             except Exception as e:  # whatever one folder holds, the others are reported
-                note = str(e) if type(e) is ValueError else f"{type(e).__name__}: {e}"
+                note = f"{type(e).__name__}: {e}".removeprefix("ValueError: ")
                 rows.append({"run": folder.as_posix(), "state": "unreadable", "note": note})
     runs = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates("run", ignore_index=True).fillna({"note": ""})
     runs = runs.astype(dict.fromkeys(("seed", "step", "total_timesteps", "started", "distinct_games", "time_limits"), "Int64"))
@@ -228,7 +225,7 @@ def read_runs(paths):
     best = best.assign(ended=best["state"] == "finished").sort_values(["ended", "started", "run"], ascending=False)
     for _, same in best.groupby(["variant", "env_id", "seed"]):
         for i in same.index[1:]:
-            runs.loc[i, "note"] = f"{runs['state'][i]} {runs['note'][i]}; counts instead: {same['run'].iloc[0]}"
+            runs.loc[i, "note"] = f"{same['run'].iloc[0]} counts instead; {runs['state'][i]} {runs['note'][i]}".strip()
             runs.loc[i, "state"] = "duplicate"
     counting = runs.loc[runs["variant"].notna() & (runs["state"] != "duplicate"), "run"]
     curves = pd.concat(curves).drop_duplicates(["run", "step"])
@@ -392,16 +389,16 @@ def markdown(table):
     return "\n".join(lines) if len(table) else ""
 
 
+def some(own):
+    return f"{len(own)} runs" if len(own) > 3 else ", ".join(own["run"])
+
+
 def doubts(runs, finished):
     """Lines on whatever makes the numbers doubtful."""
-
-    def names(own):
-        return ", ".join(own["run"]) if len(own) < 4 else f"{len(own)} runs"
-
-    groups = [(column, "Runs", finished) for column in (*EVALUATION, "torch", "envpool")]
+    groups = [(column, "Runs", finished) for column in EVALUATION]
     for column, who, own in groups + [("source", f"Runs of {script}", own) for script, own in runs.groupby("script")]:
         if own[column].nunique() > 1:
-            yield f"{who} differ in {column}: {'; '.join(f'{x} ({names(r)})' for x, r in own.groupby(column))}."
+            yield f"{who} differ in {column}: {'; '.join(f'{x} in {some(r)}' for x, r in own.groupby(column))}."
     seeds = finished.groupby(["variant", "env_id"], sort=False).size().groupby("variant", sort=False).min()
     if few := [f"{variant} ({n})" for variant, n in seeds.items() if n < 5]:
         yield f"Fewer than 5 seeds in a game, so intervals are too narrow: {'; '.join(few)}."
@@ -411,7 +408,7 @@ def doubts(runs, finished):
     problems["Evaluated games were cut by the time limit"] = finished[finished["time_limits"] > 0]
     problems["No human-normalised score, so in no aggregate"] = finished[finished["hns"].isna()]
     problems["Diverged, so scores are those of the others"] = runs[runs["state"] == "diverged"]
-    yield from (f"{problem}: {names(own)}." for problem, own in problems.items() if len(own))
+    yield from (f"{problem}: {some(own)}." for problem, own in problems.items() if len(own))
 
 
 def main():
