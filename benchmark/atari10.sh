@@ -2,7 +2,6 @@
 # Prints a study as a list of jobs, a command per line, for bash, GNU parallel or slurm_array.sh. A list can be run again.
 set -fuo pipefail
 cd "$(dirname "$0")/.." || exit
-
 usage="usage: benchmark/atari10.sh [options] [-- flags for every command] > jobs.txt
   --figure N         the runs behind a figure of the paper: 1, 2, 3, 5 (PQN), 6 (L), 7 (XL), 4 (all three), gns, ppo
   --scripts '...'    of pqn l xl ppo gns; gns has adaptive, max-... and yoked, the others are pqn's     (default: pqn)
@@ -63,7 +62,8 @@ for seed in $seeds; do
                 [[ $variant != "max-$longest" || " $variants " != *" adaptive "* ]] || continue # which adaptive is already
                 case $variant in
                 *fixed) own=" --no-adapt-rollout --num-steps 32" ;;
-                *longest) own=" --no-adapt-rollout --num-steps $longest" ;;
+                longest) own=" --no-adapt-rollout --num-steps $longest" ;;
+                *longest) own=" --rollout-length-min $longest --rollout-length-max $longest" ;; # epochs go by --num-steps, 32
                 shortest) own=" --no-adapt-rollout --num-steps 16" ;;
                 max-*) own=" --rollout-length-max ${variant#max-}" ;;
                 time) own=" --adapt-signal time" ;;

@@ -6,8 +6,7 @@ A variant is a script with the settings that matter: where and how a run was com
 where the rollout is fixed. Definitions:
 
 * Score: mean of the final evaluation (eval.json). HNS: its human-normalised score, 0 for a random player, 1 for a human.
-* Aggregates (Agarwal et al., arXiv 2108.13264): over the games that all variants share, with as many seeds (the lowest) as
-  each of them has. Variants with at most half as many games as another are left out.
+* Aggregates (Agarwal et al., arXiv 2108.13264): over the games that all variants share but those with less than half of them.
 * Predicted Atari-57 median (Aitchison et al., arXiv 2210.02019), in percent, from the ten games of Atari-10 with weights w:
   10^(sum of w * log10(1 + max(0, x))) - 1, x being the mean HNS of a game in percent.
 * Compared are variants of one budget that differ in one thing: what sets batch and updates, where one of them adapts; one
@@ -33,8 +32,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from rliable import library as rly
-from rliable import metrics, plot_utils
+from rliable import library, metrics, plot_utils
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -51,7 +49,7 @@ FED = "(divergence|kl)_(min|max)|schedule|reference_batch_size"  # to the rule o
 MEASURED = FED + "|divergence_(window|warmup)|noise_scale_groups"
 ADAPTATION = MEASURED + "|adapt_interval|adapt_signal|rollout_.*"
 UPDATES = ADAPTATION + "|adapt_rollout|num_steps|num_minibatches|update_epochs|scale_epochs"
-IDLE = {"ABS": "noise_scale_groups", "GNS": FED, "time": MEASURED, "fixed": ADAPTATION}
+IDLE = {"ABS": "noise_scale_groups", "GNS": FED, "time": MEASURED, "fixed": ADAPTATION + "|scale_epochs"}
 IDLE["yoked"] = IDLE["time"] + "|adapt_interval|rollout_smoothing"
 CURVES = {"episodic_return": "charts/episodic_return", "divergence": "abs/divergence", "kl": "abs/kl"}
 CURVES |= {"noise_scale": "gns/b_simple", "rollout_length": "abs/rollout_length"}
@@ -74,13 +72,15 @@ def find_runs(path):
 
 
 def read_json(path):
-    """The content; ValueError says what is wrong with the file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise ValueError(f"no {path.name}") from None
     except ValueError:
-        raise ValueError(f"{path.name} is damaged") from None
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is damaged")
+    return content
 
 
 def read_scalars(folder):
@@ -90,7 +90,8 @@ def read_scalars(folder):
     scalars = {}
     for name in events.Tags()["scalars"]:
         steps, values = np.array([(p.step, p.value) for p in events.Scalars(name)]).T
-        last = steps <= np.minimum.accumulate(steps[::-1])[::-1]  # no later point has a lower step
+        again = np.where(np.diff(steps) < 0, steps[1:], np.inf)  # where a resumed run begins behind its checkpoint
+        last = steps < np.minimum.accumulate([np.inf, *again[::-1]])[::-1]
         scalars[name] = steps[last], values[last]
     return scalars
 
@@ -121,10 +122,10 @@ def read_run(folder):
     if total <= 0:
         raise ValueError(f"no training, an evaluation of {args.get('init_from')}")
     sources = sorted(folder.glob("*.py"))
-    is_old, versions = "computed_with" not in args, folder / "versions.json"  # of runs before the redesign
-    computed = args.pop("computed_with", None) or (read_json(versions)[-1] if versions.exists() else {})
+    versions = folder / "versions.json"  # of runs before the redesign
+    computed = args.pop("computed_with", None) or (json.loads(versions.read_text())[-1] if versions.exists() else {})
     args["precision"] = computed.get("precision", args.get("precision"))  # what "auto" became
-    row = {"run": folder.as_posix(), "settings": json.dumps(settings_of(args, is_old), sort_keys=True)}
+    row = {"run": folder.as_posix(), "settings": json.dumps(settings_of(args), sort_keys=True)}
     row |= {name: args[name] for name in ("env_id", "seed", "total_timesteps")}
     row["script"] = computed.get("script") or (sources[0].name if sources else f"{args.get('exp_name')}.py")
     row["source"] = hashlib.sha256(sources[0].read_bytes()).hexdigest()[:12] if sources else None
@@ -155,13 +156,15 @@ def signal_of(settings):
     return SIGNALS.get(settings.get("adapt_signal"), "ABS") if settings.get("adapt_rollout") else "fixed"
 
 
-def settings_of(args, is_old):
+def settings_of(args):
     """The settings that matter for the result of a run."""
-    signal, settings = signal_of(args), dict(args)
+    settings = args | {"init_from": Path(args.get("init_from", "")).name}  # each seed may begin with a parent of its own
+    if args.get("adapt_rollout") and args["rollout_length_min"] == args["rollout_length_max"]:  # so a fixed rollout
+        length, epochs = args["rollout_length_max"], args.get("update_epochs", 0)
+        scaled = max(epochs, epochs * length // args["num_steps"]) if args.get("scale_epochs") else epochs
+        settings |= {"adapt_rollout": False, "num_steps": length, "update_epochs": scaled}
+    signal = signal_of(settings)
     idle = f"{NO_MATTER}|{IDLE[signal]}" + "|num_steps" * (signal != "fixed" and not args.get("scale_epochs"))
-    if is_old and args.get("scale_epochs"):  # in fixed rollouts without effect then, and otherwise not rounded down
-        settings["scale_epochs"] = "rounded" if args["adapt_rollout"] else False
-    settings["init_from"] = Path(args.get("init_from", "")).name  # each seed may begin with a parent of its own
     return {k: v for k, v in settings.items() if not re.fullmatch(idle, k) and v not in ("", None)}
 
 
@@ -193,12 +196,11 @@ def name_variants(keys):
 
 
 def normalised(env_ids, scores):
-    """Human-normalised scores, NaN for games outside of the 57."""
     return (scores - env_ids.map(ATARI57["random"])) / env_ids.map(ATARI57["human"] - ATARI57["random"])
 
 
 def read_runs(paths):
-    """(table of all runs, curves of those that count, dict from variant to (script, settings))."""
+    """(table of all runs, their curves, dict from variant to (script, settings))."""
     rows, curves = [], [pd.DataFrame(columns=["run", "step", *CURVES])]
     for path in paths:
         if (path / "scores.csv").is_file() and (path / "curves.csv").is_file():
@@ -227,9 +229,8 @@ def read_runs(paths):
         for i in same.index[1:]:
             runs.loc[i, "note"] = f"{same['run'].iloc[0]} counts instead; {runs['state'][i]} {runs['note'][i]}".strip()
             runs.loc[i, "state"] = "duplicate"
-    counting = runs.loc[runs["variant"].notna() & (runs["state"] != "duplicate"), "run"]
-    curves = pd.concat(curves).drop_duplicates(["run", "step"])
-    return runs, curves[curves["run"].isin(counting)], {name: (key[0], json.loads(key[1])) for key, name in names.items()}
+    variants = {name: (script, json.loads(text)) for (script, text), name in names.items()}
+    return runs, pd.concat(curves).drop_duplicates(["run", "step"]), variants
 
 
 def estimate(names, scores, function):
@@ -238,7 +239,7 @@ def estimate(names, scores, function):
     arrays = scores if isinstance(scores, list) else [scores]
     point, ends = function(*arrays), np.full((2, len(names)), np.nan)
     if min(map(len, arrays)) > 1:
-        ends = rly.get_interval_estimates({0: scores}, function, reps=2000)[1][0]
+        ends = library.get_interval_estimates({0: scores}, function, reps=2000)[1][0]
     return dict(zip([n + end for end in ("", "_low", "_high") for n in names], np.concatenate([point, *ends]), strict=True))
 
 
@@ -352,7 +353,7 @@ def draw_scores(compared, matrices, save):
     if matrices:
         tau = np.unique(np.concatenate([[0], *(x.ravel() for x in matrices.values())]))
         fast = {"custom_profile_func": lambda x, tau: (x[..., None] > tau).mean((0, 1))}
-        shares, ends = rly.create_performance_profile(matrices, tau, **fast)
+        shares, ends = library.create_performance_profile(matrices, tau, **fast)
         axis = plot_utils.plot_performance_profiles(shares, tau, ends, xlabel="human-normalised score", legend=True)
         sns.move_legend(axis, "upper center", bbox_to_anchor=(0.5, -0.2))
         save(axis.figure, "profiles", "Share of runs above a score, over the games that these variants share")
@@ -364,14 +365,11 @@ def draw_scores(compared, matrices, save):
     sweep = sweep.assign(longest=sweep["variant"].str.extract(r" ABS \d+-(\d+)")[0].astype(float)).sort_values("longest")
     sweep["line"] = sweep["variant"].str.replace(r"-\d+", "-L_max", n=1, regex=True) + " over " + sweep["baseline"]
     sweep = sweep[sweep.groupby("line")["longest"].transform("nunique") > 1]
-    for line, own in sweep.groupby("line"):
-        mean = own["improvement_percent"]
-        ends = [mean - own["improvement_percent_low"], own["improvement_percent_high"] - mean]
-        plt.errorbar(own["longest"], mean, ends, marker="o", capsize=3, label=line)
     if len(sweep):
-        plt.gca().set(xlabel="longest rollout, L_max", ylabel="mean improvement over games, %")
-        plt.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))
-        save(plt.gcf(), "longest_rollout", "Improvement over fixed rollouts against the longest rollout")
+        axis = sns.lineplot(sweep, x="longest", y="improvement_percent", hue="line", style="line", markers=True)
+        axis.set(xlabel="longest rollout, L_max", ylabel="mean improvement over games, %")
+        sns.move_legend(axis, "upper center", bbox_to_anchor=(0.5, -0.15), title=None)
+        save(axis.figure, "longest_rollout", "Improvement over fixed rollouts against the longest rollout")
 
 
 def number(x):
@@ -389,16 +387,13 @@ def markdown(table):
     return "\n".join(lines) if len(table) else ""
 
 
-def some(own):
-    return f"{len(own)} runs" if len(own) > 3 else ", ".join(own["run"])
-
-
 def doubts(runs, finished):
     """Lines on whatever makes the numbers doubtful."""
     groups = [(column, "Runs", finished) for column in EVALUATION]
     for column, who, own in groups + [("source", f"Runs of {script}", own) for script, own in runs.groupby("script")]:
         if own[column].nunique() > 1:
-            yield f"{who} differ in {column}: {'; '.join(f'{x} in {some(r)}' for x, r in own.groupby(column))}."
+            values = (f"{value} ({len(r)}, such as {r.run.iloc[0]})" for value, r in own.groupby(column))
+            yield f"{who} differ in {column}: {'; '.join(values)}."
     seeds = finished.groupby(["variant", "env_id"], sort=False).size().groupby("variant", sort=False).min()
     if few := [f"{variant} ({n})" for variant, n in seeds.items() if n < 5]:
         yield f"Fewer than 5 seeds in a game, so intervals are too narrow: {'; '.join(few)}."
@@ -408,7 +403,7 @@ def doubts(runs, finished):
     problems["Evaluated games were cut by the time limit"] = finished[finished["time_limits"] > 0]
     problems["No human-normalised score, so in no aggregate"] = finished[finished["hns"].isna()]
     problems["Diverged, so scores are those of the others"] = runs[runs["state"] == "diverged"]
-    yield from (f"{problem}: {some(own)}." for problem, own in problems.items() if len(own))
+    yield from (f"{problem}: {len(own)} runs, such as {own['run'].iloc[0]}." for problem, own in problems.items() if len(own))
 
 
 def main():
@@ -429,7 +424,7 @@ def main():
     figures.mkdir(parents=True, exist_ok=True)
     tables = {"scores": runs, "games": games, "aggregates": totals, "comparisons": compared, "curves": curves}
     for name, table in tables.items():
-        table.to_csv(args.out / f"{name}.csv", index=False, float_format="%.4g" if name == "curves" else "%.6g")
+        table.to_csv(args.out / f"{name}.csv", index=False, float_format={"scores": None, "curves": "%.4g"}.get(name, "%.6g"))
 
     def save(figure, name, caption):
         name = re.sub(r"[^a-z0-9]+", "_", name.lower())[:200]
@@ -437,7 +432,7 @@ def main():
         plt.close("all")
         pictures.append(f"![{caption}](figures/{name}.png)\n\n*{caption}.*")
 
-    draw_curves(curves.merge(runs.drop(columns="step"), on="run"), variants, save)
+    draw_curves(curves.merge(runs[runs["state"] != "duplicate"].drop(columns="step"), on="run"), variants, save)
     draw_scores(compared, matrices, save)
     states = ", ".join(f"{n} {state}" for state, n in runs["state"].value_counts().items())
     left_out = [f"{r.run}: {r.state}, {r.note}" for r in runs.itertuples() if r.state != "finished"]
@@ -446,8 +441,7 @@ def main():
     per_game = games.assign(cell=cells).pivot(index="env_id", columns="variant", values="cell")[games["variant"].unique()]
     about = f"{len(runs)} runs: {states}. Definitions: `python benchmark/report.py --help`. In brackets: 95 % intervals."
     sections = {"Report": about, "Doubtful": "\n".join(f"* {note}" for note in notes)}
-    sections["Aggregates"] = markdown(totals)
-    sections["Comparisons"] = markdown(compared[compared["env_id"] == "all"].drop(columns="env_id"))
+    sections |= {"Aggregates": markdown(totals), "Comparisons": markdown(compared[compared["env_id"] == "all"])}
     sections["Score ± standard deviation (seeds), HNS"] = markdown(per_game.reset_index())
     sections |= {"Figures": "\n\n".join(pictures), "Left out of the scores": "\n".join(f"* {line}" for line in left_out)}
     text = "\n\n".join(f"## {title}\n\n{content or 'None.'}" for title, content in sections.items())

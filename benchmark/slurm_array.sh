@@ -4,9 +4,9 @@
 #     benchmark/atari10.sh > jobs.txt
 #     sbatch --gpus=1 --array=1-$(wc -l < jobs.txt)%8 benchmark/slurm_array.sh jobs.txt
 #
-# Submit from the root of the repository with its virtual environment active; sbatch's options go before the lines below. At
-# the time limit a line with --run-dir is queued again until it has finished; another one would begin anew. Leave the list as it is
-# while tasks are queued. Submitting it again runs only what has not finished.
+# Submit from the root of the repository with its virtual environment active; sbatch's options go before the lines below. A
+# line with --run-dir is queued again at the time limit until it has finished; another one would begin anew. Leave the list as
+# it is while tasks are queued. Submitting it again runs only what has not finished.
 #SBATCH --job-name=abs
 #SBATCH --cpus-per-task=8
 #SBATCH --time=04:00:00

@@ -14,10 +14,6 @@ from conftest import ROOT
 
 TEN = list(pd.read_csv(ROOT / "benchmark" / "atari57_scores.csv").dropna().env_id)
 LIST, SLURM = (str(ROOT / "benchmark" / name) for name in ("atari10.sh", "slurm_array.sh"))
-FLAGS = set(  # of the scripts, as far as a list uses them
-    "run-dir env-id seed total-timesteps adapt-interval no-adapt-rollout num-steps rollout-length-max adapt-signal replay "
-    "scale-epochs episodic-life divergence-window divergence-warmup num-minibatches exp-name".split()
-)
 PQN, L, XL, PPO, GNS = (f"{name}_atari.py" for name in ("pqn_abs", "pqn_l_abs", "pqn_xl_abs", "ppo_abs", "gns_batch"))
 
 
@@ -34,7 +30,8 @@ def parse(line):
     assert python == "python" and (ROOT / script).is_file()
     ends = zip(words, [*words[1:], "--"], strict=True)
     flags = {a[2:]: True if b.startswith("--") else b for a, b in ends if a.startswith("--")}
-    assert set(flags) <= FLAGS
+    known = set(re.findall(r"^    (\w+): ", (ROOT / script).read_text().split("class Args:")[1].split("\n\n\n")[0], re.M))
+    assert {name.removeprefix("no-").replace("-", "_") for name in flags} <= known
     return script, flags
 
 
@@ -70,9 +67,10 @@ def test_all_variants_scripts_and_games():
     for script, longest in ((PQN, "64"), (L, "128"), (XL, "128"), (PPO, "64")):
         own = {flags["run-dir"].split("/")[1]: flags for name, flags in runs if (name, flags["env-id"]) == (script, "Pong-v5")}
         fixed = {"fixed": "fixed 32", "longest": f"fixed {longest}", "public-fixed": "fixed 32", "shortest": "fixed 16"}
-        fixed |= {"public": "to ", "public-longest": f"fixed {longest}"}
+        fixed |= {"public": "to ", "public-longest": f"to {longest}"}
         assert {name: kind(own[name]) for name in fixed} == fixed
         assert all(own[name]["scale-epochs"] and own[name]["episodic-life"] for name in public.split())
+        assert own["public-longest"]["rollout-length-min"] == longest  # a fixed rollout, with more epochs than --num-steps 32
         assert own["time"]["adapt-signal"] == "time" and "episodic-life" not in own["scale-epochs"]
         assert (own["literal"]["divergence-window"], own["literal"]["divergence-warmup"]) == ("1", "0")
 

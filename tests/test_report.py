@@ -32,35 +32,33 @@ ARGS |= {
     "rollout_length_max": 64,
     "init_from": "",
 }
-ARGS |= {"divergence_min": 0.05, "divergence_window": 20, "scale_epochs": False, "episodic_life": False, "env_threads": 0}
+ARGS |= {"divergence_min": 0.05, "divergence_window": 20, "update_epochs": 2, "scale_epochs": False, "env_threads": 0}
 FIXED = {"adapt_rollout": False, "divergence_min": 0.1, "env_threads": 2}  # the latter two without effect
-GAME = {"sticky_action_probability": 0.0, "max_episode_steps": 27000, "precision": "float32"}
+GAME = {"sticky_action_probability": 0.0, "max_episode_steps": 27000, "precision": "float32", "global_step": 98_304}
 
 
-def make_run(folder, seed=1, hns=0.5, game="Pong", script="pqn_abs_atari.py", share=1.0, old=False, evaluated=(), **settings):
+def make_run(
+    folder, seed=1, hns=0.5, game="Pong", script="pqn_abs_atari.py", share=1, old=False, evaluated=(), loss=1, **flags
+):
     """A run as the scripts leave it, trained up to this share, with this human-normalised score at its end."""
     folder.mkdir(parents=True)
-    args = ARGS | {"env_id": f"{game}-v5", "seed": seed, "exp_name": script.removesuffix(".py")} | settings
-    if old:
+    args = ARGS | {"env_id": f"{game}-v5", "seed": seed} | flags
+    if old:  # the folder alone says which script it was
         args = {k: v for k, v in args.items() if v != ""} | {
             "precision": "float32",
             "cudagraphs": True,
             "schedule_timesteps": 0,
         }
-        (folder / "versions.json").write_text(json.dumps([{"script": script}]))
-    elif old is not None:  # where the folder alone tells the script
+    else:
         args["computed_with"] = {"script": script, "precision": "float32"}
     (folder / "args.json").write_text(json.dumps(args))
     (folder / script).write_text("# the script\n")
     score = RANDOM[f"{game}-v5"] + hns * (HUMAN - RANDOM)[f"{game}-v5"]
     with SummaryWriter(str(folder)) as writer:
         for step in range(2048, int(share * 100_000) + 1, 2048):
-            for tag, value in (
-                ("charts/episodic_return", score),
-                ("abs/rollout_length", 16 + step // 3000),
-                ("losses/td_loss", 1),
-            ):
-                writer.add_scalar(tag, value, step)
+            writer.add_scalar("charts/episodic_return", score, step)
+            writer.add_scalar("abs/rollout_length", 16 + step // 3000, step)
+            writer.add_scalar("losses/td_loss", loss, step)
     if share == 1:
         content = {
             "env_id": f"{game}-v5",
@@ -70,9 +68,7 @@ def make_run(folder, seed=1, hns=0.5, game="Pong", script="pqn_abs_atari.py", sh
             "distinct_games": 99,
             "time_limits": 0,
         }
-        (folder / "eval.json").write_text(
-            json.dumps(content | ({} if old else GAME | {"global_step": 98_304}) | dict(evaluated))
-        )
+        (folder / "eval.json").write_text(json.dumps(content | ({} if old else GAME) | dict(evaluated)))
     return folder
 
 
@@ -92,16 +88,15 @@ def read(tmp_path, monkeypatch):
 
 
 def test_a_study(tmp_path, monkeypatch):
-    """Statistics as computed by hand, figures of each kind, curves as logged; the same again from the same runs, and from the
-    tables of the first report."""
+    """Statistics as computed by hand, figures of each kind, curves as logged; all the same from the report's own tables."""
     for game, seed in (("Pong", 1), ("Pong", 2), ("Qbert", 1), ("Qbert", 2)):
         make_run(tmp_path / "runs" / "adaptive" / f"{game}_{seed}", seed, 0.9 + 0.2 * seed, game)
         make_run(tmp_path / "runs" / "max-32" / f"{game}_{seed}", seed, 0.5 + 0.2 * seed, game, rollout_length_max=32)
         make_run(tmp_path / "runs" / "fixed" / f"{game}_{seed}", seed, 0.2 + 0.2 * seed, game, **FIXED)
     text, tables = make_report(monkeypatch, tmp_path / "runs", tmp_path / "report")
     own = tables["games"].set_index(["env_id", "variant"]).loc[("Qbert-v5", "PQN ABS 16-64")]
-    assert own.seeds == 2 and (own.hns_mean, own.hns_std) == pytest.approx((1.2, 0.2 / math.sqrt(2)))
-    assert own.score_mean == pytest.approx(163.88 + 1.2 * (13455 - 163.88))
+    assert own[["seeds", "hns_mean", "hns_std"]].tolist() == pytest.approx([2, 1.2, 0.2 / math.sqrt(2)], rel=1e-5)
+    assert own.score_mean == pytest.approx(163.88 + 1.2 * (13455 - 163.88), rel=1e-5)
     totals = tables["aggregates"].set_index("variant")
     assert totals.loc["PQN ABS 16-64", list(report.METRICS)].tolist() == pytest.approx([1.2, 1.2, 1.2, 0])
     assert totals.loc["PQN fixed 32", "optimality_gap"] == pytest.approx(0.5) and set(totals.games) == {2}
@@ -118,11 +113,10 @@ def test_a_study(tmp_path, monkeypatch):
         assert any(file.startswith(name) for file in drawn), name
     curve = tables["curves"][tables["curves"].run.str.endswith("adaptive/Qbert_1")].set_index("step")
     assert curve.rollout_length[50_000] == 16 + 49_152 // 3000 and math.isnan(curve.rollout_length[1000])
-    for source, out in (("runs", "again"), ("report", "from_tables")):
-        again, others = make_report(monkeypatch, tmp_path / source, tmp_path / out)
-        assert again == text
-        for name, table in tables.items():
-            pd.testing.assert_frame_equal(others[name], table)
+    again, others = make_report(monkeypatch, tmp_path / "report", tmp_path / "again")
+    assert again == text
+    for name, table in tables.items():
+        pd.testing.assert_frame_equal(others[name], table)
 
 
 def test_functions():
@@ -141,53 +135,118 @@ def test_functions():
     assert report.predicted_median(scores) == pytest.approx([10 ** sum(logs) - 1])
 
 
+NONE, DAMAGED = "unreadable, no args.json", "unreadable, args.json is damaged"
+ODD = [  # (reason that is given, options of the run, file that is then written anew, or deleted)
+    ("unfinished, step 49,152 of 100,000 (49%)", {"share": 0.5}),
+    ("not evaluated, eval.json lacks the mean", {"evaluated": {"mean": math.nan}}),
+    ("not evaluated, eval.json is of Pong-v5 at step 51,200", {"evaluated": {"global_step": 51_200}}),
+    ("not evaluated, eval.json is of Qbert-v5", {"evaluated": {"env_id": "Qbert-v5"}}),
+    ("not evaluated, eval.json is damaged", {}, "eval.json", '{"mean": 1'),
+    ("not evaluated, no eval.json", {}, "eval.json", None),
+    ("diverged, a loss is not finite at step 2,048", {"loss": math.nan}),
+    ("duplicate, {} counts instead; not evaluated", {"seed": 1, "old": True}, "eval.json", "[]"),
+    ("unreadable, no training, an evaluation of runs/x", {"total_timesteps": 0, "init_from": "runs/x"}),
+    ("unreadable, args.json lacks seed, total_timesteps", {"seed": None, "total_timesteps": "1e6"}),
+    ("unreadable, TypeError", {"init_from": 3}),
+    (DAMAGED, {}, "args.json", '{"env_id": "Po'),
+    (DAMAGED, {}, "args.json", "[1, 2]"),
+    (NONE, {}, "args.json", None),
+]
+
+
 def test_odd_folders(read, tmp_path):
-    """What does not count is named once, with the reason; what counts is what is sound."""
-    good = [make_run(tmp_path / "runs" / "a" / "b" / f"pong_{seed}", seed) for seed in (1, 2)]
-    reasons, damage = {}, {}
-    for reason, options in {
-        "unfinished, step 49,152 of 100,000 (49%)": {"share": 0.5},
-        "not evaluated, eval.json lacks the mean": {"evaluated": {"mean": math.nan}},
-        "not evaluated, eval.json is of Pong-v5 at step 51,200": {"evaluated": {"global_step": 51_200}},
-        "not evaluated, eval.json is of Qbert-v5": {"evaluated": {"env_id": "Qbert-v5"}},
-        "unreadable, no training, an evaluation of runs/x": {"total_timesteps": 0, "init_from": "runs/x"},
-        "unreadable, args.json lacks seed": {"seed": None},
-        "unreadable, args.json lacks total_timesteps": {"total_timesteps": "1e6"},
-        f"duplicate, finished ; counts instead: {good[0]}": {"seed": 1, "evaluated": {"mean": 21}},
-        "diverged, a loss is not finite at step 51,200": {"share": 0.5},
-        "not evaluated, no eval.json": {},
-        "not evaluated, eval.json is damaged": {"evaluated": {"mean": 3}},
-        "unreadable, no args.json": {},
-        "unreadable, args.json is damaged": {"learning_rate": 1},
-        "unreadable, AttributeError": {},
-        "unreadable, KeyError: 'rollout_length_max'": {},
-    }.items():
-        seed = len(reasons) + 10
-        reasons[make_run(tmp_path / "runs" / "odd" / f"run_{seed}", **{"seed": seed} | options)] = reason
-        damage[reason.split(", ")[1].split(" in ")[0]] = list(reasons)[-1]
-    for event in damage[f"finished ; counts instead: {good[0]}"].glob("events*"):
-        event.rename(event.parent / "events.out.tfevents.1000.older")
-    with SummaryWriter(str(damage["a loss is not finite at step 51"])) as writer:
-        writer.add_scalar("losses/td_loss", math.nan, 51_200)
-    (damage["no eval.json"] / "eval.json").unlink()
-    (damage["eval.json is damaged"] / "eval.json").write_text('{"mean": 1')
-    (damage["no args.json"] / "args.json").unlink()
-    (damage["args.json is damaged"] / "args.json").write_bytes(b"\xff\xfe{")
-    (damage["AttributeError"] / "args.json").write_text("[1, 2]")
-    (damage["KeyError: 'rollout_length_max'"] / "args.json").write_text(json.dumps(ARGS | {"env_id": "Pong-v5", "seed": 3}))
-    for name, file in {
-        "empty": "",
-        "locked": ".lock",
-        "weights": "checkpoint_5.pt",
-        "scores": "eval.json",
-        "log": "events.out.1",
-    }.items():
-        (folder := tmp_path / "runs" / "odd" / "deep" / name).mkdir(parents=True)
+    """What does not count is named once, with the reason; what is sound counts."""
+    runs, reasons = tmp_path / "runs", {}
+    good = [make_run(runs / "a" / "b" / f"pong_{seed}", seed) for seed in (1, 2)]
+    for i, (reason, options, *file) in enumerate(ODD):
+        folder = make_run(runs / "odd" / f"run_{i}", **{"seed": 10 + i} | options)
+        reasons[folder] = reason.format(good[0])
+        for name, text in [file] if file else []:
+            (folder / name).write_text(text) if text else (folder / name).unlink()
+    for file in ".lock", "checkpoint.pt", "checkpoint_5.pt", "eval.json", "events.out", "":
+        (folder := runs / "deep" / "er" / f"with {file}").mkdir(parents=True)
         (folder / file).write_text("{}") if file else None
-        reasons[folder] = "unreadable, no args.json" if file else "unreadable, an empty folder"
+        reasons[folder] = NONE if file else "unreadable, an empty folder"
     text, tables = read()
     lines = text.split("## Left out of the scores")[1].strip().splitlines()
     assert len(lines) == len(reasons) == 20
     for folder, reason in reasons.items():
         assert sum(line.startswith(f"* {folder}: {reason}") for line in lines) == 1, (folder, reason, text)
     assert tables["games"].seeds.tolist() == [2] and tables["games"].hns_mean.tolist() == pytest.approx([0.5])
+
+
+OWN, WINDOW, YOKED, EPOCHS = (
+    "PQN ABS 16-64",
+    "PQN ABS 16-64, divergence_window 1",
+    "PQN yoked 16-64",
+    "PQN fixed 64, update_epochs 4",
+)
+REPLAY = {"adapt_signal": "replay", "replay": "runs/2/checkpoint.pt"}
+VARIANTS = [
+    (OWN, 1, {"old": True, "evaluated": {"epsilon": 0.01}}),
+    (OWN, 2, {"env_threads": 9}),
+    (f"{OWN}, learning_rate 0.1", 1, {"learning_rate": 0.1}),
+    (WINDOW, 1, {"divergence_window": 1}),
+    ("mine ABS 16-64", 1, {"script": "mine.py", "beta": 3, "evaluated": {"max_episode_steps": 99, "time_limits": 7}}),
+    ("other ABS 16-64", 1, {"script": "other.py", "learning_rate": 0.2}),
+    (YOKED, 1, REPLAY | {"divergence_min": 0.2}),
+    (YOKED, 2, REPLAY | {"replay": "runs/1/checkpoint.pt"}),
+    ("GNS 16-64", 1, {"script": "gns_batch_atari.py", "adapt_signal": "noise-scale", "evaluated": {"precision": "bfloat16"}}),
+    ("PQN fixed 32", 1, FIXED | {"evaluated": {"sticky_action_probability": 0.25}}),
+    ("PQN fixed 64", 1, FIXED | {"num_steps": 64, "scale_epochs": True}),
+    (EPOCHS, 1, {"rollout_length_min": 64, "scale_epochs": True}),
+    ("PPO ABS 16-64", 1, {"script": "ppo_abs_atari.py", "adapt_signal": "kl"}),
+]
+
+
+def test_variants_and_comparisons(read, tmp_path):
+    """Old and new runs, and yoked ones whatever they replay, are of one variant; a user's copy is compared with the original, and
+    so is each thing that differs alone; what was evaluated otherwise is named."""
+    for i, (_, seed, options) in enumerate(VARIANTS):
+        make_run(tmp_path / "runs" / f"{i:02}", seed, **options)
+    text, tables = read()
+    scores = tables["scores"].sort_values("run")
+    assert list(zip(scores.variant, scores.seed, strict=True)) == [run[:2] for run in VARIANTS]
+    adaptive, fixed = [OWN, WINDOW, YOKED, "GNS 16-64"], ["PQN fixed 32", "PQN fixed 64", EPOCHS]
+    wanted = {(a, b) for a in adaptive for b in fixed} | {(a, b) for a in adaptive[:2] for b in adaptive[2:]}
+    wanted |= {(OWN, WINDOW), (OWN, f"{OWN}, learning_rate 0.1"), ("mine ABS 16-64", OWN)}
+    assert set(tables["comparisons"].groupby(["variant", "baseline"]).groups) == wanted
+    for words in ("policy: epsilon 0.0 (12,", "; epsilon 0.01 (1,", "steps: 99.0 (1,", "precision: bfloat16 (1,", "0.25 (1,"):
+        assert words in text, words
+    assert "cut by the time limit: 1 runs" in text
+
+
+def test_a_resumed_run_has_no_point_twice(tmp_path):
+    """Points behind the checkpoint are those of the second session."""
+    for steps, value in ((range(0, 6), 1), (range(4, 9), 2)):
+        with SummaryWriter(str(tmp_path), filename_suffix=f".{value}") as writer:
+            for step in steps:
+                writer.add_scalar("losses/td_loss", value, step)
+    steps, values = report.read_scalars(tmp_path)["losses/td_loss"]
+    assert steps.tolist() == list(range(9)) and values.tolist() == [1] * 4 + [2] * 5
+
+
+def test_throughput(tmp_path, monkeypatch, capsys):
+    """Quiet and busy rows of what ran; what fails is named; the busy process is there when it should be."""
+    processes, busy, popen = [], [], throughput.subprocess.Popen
+
+    def run_script(command):
+        if "--bad" in command:
+            raise RuntimeError("it failed")
+        busy.append([process.poll() is None for process in processes])
+        return {"speeds": [100.0, 400.0, 400.0] if "peer.py" in command[1] else [200.0], "lengths": [16.0, 64.0]}
+
+    monkeypatch.setattr(throughput, "run_script", run_script)
+    monkeypatch.setattr(throughput, "measure_envpool", lambda *_, **__: [1000.0])
+    monkeypatch.setattr(throughput.subprocess, "Popen", lambda *a: processes.append(popen(*a)) or processes[-1])
+    (tmp_path / "peer.py").touch()
+    options = f"--peer {tmp_path}/peer.py --busy --rounds 1 --lengths moving --flags= --flags=--bad --out {tmp_path}/t.csv"
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *options.split()])
+    with pytest.raises(SystemExit, match="1 of 3 failed"):
+        throughput.main()
+    assert busy == [[], [], [True], [True]] and processes[0].poll() is not None and "it failed" in capsys.readouterr().err
+    rows = pd.read_csv(tmp_path / "t.csv").set_index(["machine", "name"])
+    for machine in ("quiet", "busy"):
+        own, peer = (rows.loc[machine, name] for name in ("pqn_abs_atari.py, L moving", "peer peer.py, L = 32"))
+        assert (own.steps_per_second, own.of_emulator, own.rollout_lengths) == (200, 0.2, "16 to 64")
+        assert (peer.steps_per_second, peer.lowest, peer["mean"], peer.windows) == (400, 100, 200, 3)
