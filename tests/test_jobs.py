@@ -112,20 +112,13 @@ def test_bad_options(options):
     assert line.startswith("error: ") and (wrong[-1] in line or re.split("[ =]", wrong[0])[0].replace("_", "-") in line)
 
 
-SAVE = " --run-dir runs/x"
+RUN = "bash task --run-dir runs/x"
+CASES = [(RUN, "limit", 143, True), (RUN, "limit", 1, False)]  # saved at the time limit, or could not
+CASES += [("torchrun task --run-dir runs/x", "limit", 1, True)]  # which makes 1 of its processes' 143
+CASES += [("bash task --seed 1", "limit", 143, False), (RUN, "cancelled", 143, False), (RUN, "ended", 7, False)]
 
 
-@pytest.mark.parametrize(
-    "command, event, code, requeued",
-    [
-        (f"bash task{SAVE}", "limit", 143, True),  # saved at the time limit
-        (f"bash task{SAVE}", "limit", 1, False),  # could not save
-        (f"torchrun task{SAVE}", "limit", 1, True),  # which makes 1 of its processes' 143
-        ("bash task --seed 1", "limit", 143, False),  # would begin anew
-        (f"bash task{SAVE}", "cancelled", 143, False),
-        (f"bash task{SAVE}", "ended", 7, False),
-    ],
-)
+@pytest.mark.parametrize("command, event, code, requeued", CASES)
 def test_slurm_queues_again_what_would_go_on(tmp_path, command, event, code, requeued):
     """A task that has saved at its time limit comes back under its own number if its line says where it goes on; the exit code
     is always the command's. The list has Windows' line ends."""
@@ -151,13 +144,3 @@ def test_slurm_queues_again_what_would_go_on(tmp_path, command, event, code, req
     assert process.returncode == code and command in output
     assert ((tmp_path / "requeued").read_text() if (tmp_path / "requeued").exists() else "") == "requeue 70_2\n" * requeued
     assert ("not queued again" in output) == (event == "limit" and not requeued)
-
-
-@pytest.mark.parametrize("task, file, help", [("", "jobs", "--array"), ("1", "none", "none"), ("2", "jobs", "line 2")])
-def test_slurm_without_a_job(tmp_path, task, file, help):
-    """One line and exit code 2."""
-    (tmp_path / "jobs").write_bytes(b"true\r\n # seed 1\r\ntrue\r\n")
-    environment = os.environ | {"SLURM_ARRAY_TASK_ID": task}
-    result = subprocess.run(["bash", SLURM, file], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    (line,) = result.stderr.splitlines()
-    assert result.returncode == 2 and not result.stdout and line.startswith("error: ") and help in line

@@ -72,28 +72,27 @@ def make_run(
     return folder
 
 
-def make_report(monkeypatch, folder, out):
-    """(text of report.md, dict of its tables)."""
-    monkeypatch.setattr(sys, "argv", ["report.py", str(folder), "--out", str(out)])
-    report.main()
-    return (out / "report.md").read_text(), {p.stem: pd.read_csv(p) for p in out.glob("*.csv") if p.stat().st_size > 1}
-
-
 @pytest.fixture
 def read(tmp_path, monkeypatch):
-    """Reports on tmp_path / "runs" without drawing, which takes most of the time."""
-    monkeypatch.setattr(report, "draw_curves", lambda *_: None)
-    monkeypatch.setattr(report, "draw_scores", lambda *_: None)
-    return lambda: make_report(monkeypatch, tmp_path / "runs", tmp_path / "report")
+    """Function that reports on a folder without drawing, which takes most of the time: (report.md, dict of its tables)."""
+
+    def make_report(source="runs", draw=False):
+        for name in () if draw else ("draw_curves", "draw_scores"):
+            monkeypatch.setattr(report, name, lambda *_: None)
+        monkeypatch.setattr(sys, "argv", ["report.py", f"{tmp_path}/{source}", "--out", f"{tmp_path}/of_{source}"])
+        report.main()
+        tables = {p.stem: pd.read_csv(p) for p in (tmp_path / f"of_{source}").glob("*.csv") if p.stat().st_size > 1}
+        return (tmp_path / f"of_{source}" / "report.md").read_text(), tables
+
+    return make_report
 
 
-def test_a_study(tmp_path, monkeypatch):
+def test_a_study(read, tmp_path):
     """Statistics as computed by hand, figures of each kind, curves as logged; all the same from the report's own tables."""
     for game, seed in (("Pong", 1), ("Pong", 2), ("Qbert", 1), ("Qbert", 2)):
-        make_run(tmp_path / "runs" / "adaptive" / f"{game}_{seed}", seed, 0.9 + 0.2 * seed, game)
-        make_run(tmp_path / "runs" / "max-32" / f"{game}_{seed}", seed, 0.5 + 0.2 * seed, game, rollout_length_max=32)
-        make_run(tmp_path / "runs" / "fixed" / f"{game}_{seed}", seed, 0.2 + 0.2 * seed, game, **FIXED)
-    text, tables = make_report(monkeypatch, tmp_path / "runs", tmp_path / "report")
+        for hns, name, flags in ((0.9, "adaptive", {}), (0.5, "max-32", {"rollout_length_max": 32}), (0.2, "fixed", FIXED)):
+            make_run(tmp_path / "runs" / name / f"{game}_{seed}", seed, hns + 0.2 * seed, game, **flags)
+    text, tables = read(draw=True)
     own = tables["games"].set_index(["env_id", "variant"]).loc[("Qbert-v5", "PQN ABS 16-64")]
     assert own[["seeds", "hns_mean", "hns_std"]].tolist() == pytest.approx([2, 1.2, 0.2 / math.sqrt(2)], rel=1e-5)
     assert own.score_mean == pytest.approx(163.88 + 1.2 * (13455 - 163.88), rel=1e-5)
@@ -107,13 +106,13 @@ def test_a_study(tmp_path, monkeypatch):
     assert (own.probability_of_improvement, own.difference, own.improvement_percent) == pytest.approx((1, 0.7, 70))
     assert own.difference_low < 0.7 < own.difference_high
     assert own.p == pytest.approx(2 / 36, rel=1e-4)  # of 6 * 6 ways to deal, the observed one and its mirror image
-    drawn = {p.name for p in (tmp_path / "report" / "figures").iterdir()}
+    drawn = {p.name for p in (tmp_path / "of_runs" / "figures").iterdir()}
     assert drawn == {part.split(")")[0] for part in text.split("(figures/")[1:]}
-    for name in ("episodic_return", "rollout_length", "profiles", "improvement", "longest_rollout"):
-        assert any(file.startswith(name) for file in drawn), name
+    kinds = {"episodic_return", "rollout_length", "profiles", "improvement", "longest_rollout"}
+    assert {kind for kind in kinds for name in drawn if name.startswith(kind)} == kinds
     curve = tables["curves"][tables["curves"].run.str.endswith("adaptive/Qbert_1")].set_index("step")
     assert curve.rollout_length[50_000] == 16 + 49_152 // 3000 and math.isnan(curve.rollout_length[1000])
-    again, others = make_report(monkeypatch, tmp_path / "report", tmp_path / "again")
+    again, others = read("of_runs", draw=True)
     assert again == text
     for name, table in tables.items():
         pd.testing.assert_frame_equal(others[name], table)
@@ -175,12 +174,8 @@ def test_odd_folders(read, tmp_path):
     assert tables["games"].seeds.tolist() == [2] and tables["games"].hns_mean.tolist() == pytest.approx([0.5])
 
 
-OWN, WINDOW, YOKED, EPOCHS = (
-    "PQN ABS 16-64",
-    "PQN ABS 16-64, divergence_window 1",
-    "PQN yoked 16-64",
-    "PQN fixed 64, update_epochs 4",
-)
+OWN, YOKED, EPOCHS = "PQN ABS 16-64", "PQN yoked 16-64", "PQN fixed 64, update_epochs 4"
+WINDOW = f"{OWN}, divergence_window 1"
 REPLAY = {"adapt_signal": "replay", "replay": "runs/2/checkpoint.pt"}
 VARIANTS = [
     (OWN, 1, {"old": True, "evaluated": {"epsilon": 0.01}}),
@@ -200,8 +195,8 @@ VARIANTS = [
 
 
 def test_variants_and_comparisons(read, tmp_path):
-    """Old and new runs, and yoked ones whatever they replay, are of one variant; a user's copy is compared with the original, and
-    so is each thing that differs alone; what was evaluated otherwise is named."""
+    """Old and new runs, and yoked ones whatever they replay, are of one variant; a user's copy is compared with the original,
+    and so is each thing that differs alone; what was evaluated otherwise is named."""
     for i, (_, seed, options) in enumerate(VARIANTS):
         make_run(tmp_path / "runs" / f"{i:02}", seed, **options)
     text, tables = read()
@@ -234,19 +229,16 @@ def test_throughput(tmp_path, monkeypatch, capsys):
         if "--bad" in command:
             raise RuntimeError("it failed")
         busy.append([process.poll() is None for process in processes])
-        return {"speeds": [100.0, 400.0, 400.0] if "peer.py" in command[1] else [200.0], "lengths": [16.0, 64.0]}
+        return {"speeds": [100.0, 400.0, 400.0], "lengths": [16.0, 64.0]}
 
     monkeypatch.setattr(throughput, "run_script", run_script)
     monkeypatch.setattr(throughput, "measure_envpool", lambda *_, **__: [1000.0])
     monkeypatch.setattr(throughput.subprocess, "Popen", lambda *a: processes.append(popen(*a)) or processes[-1])
-    (tmp_path / "peer.py").touch()
-    options = f"--peer {tmp_path}/peer.py --busy --rounds 1 --lengths moving --flags= --flags=--bad --out {tmp_path}/t.csv"
+    options = f"--peer {__file__} --busy --rounds 1 --lengths moving --flags= --flags=--bad --out {tmp_path}/t.csv"
     monkeypatch.setattr(sys, "argv", ["throughput.py", *options.split()])
     with pytest.raises(SystemExit, match="1 of 3 failed"):
         throughput.main()
     assert busy == [[], [], [True], [True]] and processes[0].poll() is not None and "it failed" in capsys.readouterr().err
-    rows = pd.read_csv(tmp_path / "t.csv").set_index(["machine", "name"])
-    for machine in ("quiet", "busy"):
-        own, peer = (rows.loc[machine, name] for name in ("pqn_abs_atari.py, L moving", "peer peer.py, L = 32"))
-        assert (own.steps_per_second, own.of_emulator, own.rollout_lengths) == (200, 0.2, "16 to 64")
-        assert (peer.steps_per_second, peer.lowest, peer["mean"], peer.windows) == (400, 100, 200, 3)
+    rows = pd.read_csv(tmp_path / "t.csv").set_index("name").loc["pqn_abs_atari.py, L moving"]
+    assert rows.machine.tolist() == ["quiet", "busy"] and set(rows.rollout_lengths) == {"16 to 64"}
+    assert set(zip(rows.steps_per_second, rows.lowest, rows["mean"], rows.of_emulator, strict=True)) == {(400, 100, 200, 0.4)}
