@@ -73,14 +73,11 @@ def find_runs(path):
 
 def read_json(path):
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return {**json.loads(path.read_text(encoding="utf-8"))}
     except OSError:
         raise ValueError(f"no {path.name}") from None
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is damaged")
-    return content
+    except (ValueError, TypeError):
+        raise ValueError(f"{path.name} is damaged") from None
 
 
 def read_scalars(folder):
@@ -99,15 +96,16 @@ def read_scalars(folder):
 def read_evaluation(folder, args, step, longest):
     """What scores.csv holds of eval.json; ValueError if that is not the evaluation of this run's end."""
     content = read_json(folder / "eval.json")
+    evaluated = content.get("global_step", step)  # old runs do not say
     if not all(math.isfinite(content.get(n, math.nan)) for n in ("mean", "episodes")):
         raise ValueError("eval.json lacks the mean or the number of episodes")
-    if content.get("env_id") != args["env_id"] or content.get("global_step", step) + longest <= args["total_timesteps"]:
-        raise ValueError(f"eval.json is of {content.get('env_id')} at step {content.get('global_step', step):,}")
+    if content.get("env_id") != args["env_id"] or evaluated + longest <= args["total_timesteps"]:
+        raise ValueError(f"eval.json is of {content.get('env_id')} at step {evaluated:,}")
     policy = f"epsilon {content['epsilon']}" if "epsilon" in content else "greedy" if content.get("greedy") else "sampled"
-    row = {"state": "finished", "score": content["mean"], "policy": policy}
-    game = "sticky_action_probability", "max_episode_steps", "precision"  # where old runs do not say: those of training
-    row |= {f"eval_{name}": content.get(name, args.get(name)) for name in game}
-    return row | {name: content.get(name) for name in ("episodes", "distinct_games", "time_limits")}
+    game = "sticky_action_probability", "max_episode_steps", "precision"  # of old runs those of training
+    row = {f"eval_{name}": content.get(name, args.get(name)) for name in game}
+    row |= {name: content.get(name) for name in ("episodes", "distinct_games", "time_limits")}
+    return row | {"state": "finished", "score": content["mean"], "policy": policy}
 
 
 def read_run(folder):
@@ -132,10 +130,11 @@ def read_run(folder):
     row["started"] = max([int(t) for f in folder.glob("events*") for t in re.findall(r"tfevents\.(\d+)", f.name)], default=0)
     scalars = {k: points for k, points in read_scalars(folder).items() if not k.startswith("eval/")}
     longest = args["num_envs"] * args["rollout_length_max" if args.get("adapt_rollout") else "num_steps"]
-    step = int(max([steps.max() for steps, _ in scalars.values()], default=total if (folder / "eval.json").exists() else 0))
+    row["step"] = step = int(
+        max([steps.max() for steps, _ in scalars.values()], default=total * (folder / "eval.json").exists())
+    )
     losses = [points for name, points in scalars.items() if name.startswith("losses/")]
     infinite = min([steps[~np.isfinite(values)].min(initial=math.inf) for steps, values in losses], default=math.inf)
-    row["step"] = step
     if infinite < math.inf:
         row |= {"state": "diverged", "note": f"a loss is not finite at step {infinite:,.0f} of {total:,.0f}"}
     elif step + longest <= total:
@@ -149,7 +148,7 @@ def read_run(folder):
     for name, scalar in CURVES.items():
         if scalar in scalars:
             curves[name] = pd.Series(scalars[scalar][1]).groupby(np.ceil(100 * scalars[scalar][0] / total)).mean()
-    return row, curves[curves["step"] < step + total / 100] if scalars else None
+    return row, curves[(curves["step"] < step + total / 100) & bool(scalars)]
 
 
 def signal_of(settings):
@@ -186,12 +185,13 @@ def name_variants(keys):
         lengths = str(longest) if signal == "fixed" else f"{own['rollout_length_min']}-{longest}"
         place = list(SIGNALS.values()).index(signal), [*FAMILIES, script].index(script), longest
         groups.setdefault((place, f"{family} {signal} {lengths}".replace("GNS GNS", "GNS")), {})[script, text] = own
-    for (place, short), alike in groups.items():
-        default = defaults_of(next(iter(alike))[0])
-        for key, own in alike.items():
-            own = {k: v for k, v in own.items() if v != default.get(k)}
-            differ = [f"{k} {own[k]}" for k in sorted(own) if any(other.get(k) != own[k] for other in alike.values())]
-            names[key] = place, len(differ), ", ".join([short, *differ])
+    for (place, short), same in groups.items():
+        usual = defaults_of(next(iter(same))[0])
+        for key, own in same.items():
+            words = [
+                f"{k} {v}" for k, v in sorted(own.items()) if v != usual.get(k) and any(s.get(k) != v for s in same.values())
+            ]
+            names[key] = place, len(words), ", ".join([short, *words])
     return {key: name for key, (*_, name) in sorted(names.items(), key=lambda item: item[1])}
 
 
@@ -201,7 +201,7 @@ def normalised(env_ids, scores):
 
 def read_runs(paths):
     """(table of all runs, their curves, dict from variant to (script, settings))."""
-    rows, curves = [], [pd.DataFrame(columns=["run", "step", *CURVES])]
+    rows, curves = [], []
     for path in paths:
         if (path / "scores.csv").is_file() and (path / "curves.csv").is_file():
             rows += pd.read_csv(path / "scores.csv").to_dict("records")
@@ -211,7 +211,7 @@ def read_runs(paths):
             try:
                 row, curve = read_run(folder)
                 rows.append(row)
-                curves += [] if curve is None else [curve]
+                curves.append(curve)
             except Exception as e:  # whatever one folder holds, the others are reported
                 note = f"{type(e).__name__}: {e}".removeprefix("ValueError: ")
                 rows.append({"run": folder.as_posix(), "state": "unreadable", "note": note})
@@ -230,7 +230,8 @@ def read_runs(paths):
             runs.loc[i, "note"] = f"{same['run'].iloc[0]} counts instead; {runs['state'][i]} {runs['note'][i]}".strip()
             runs.loc[i, "state"] = "duplicate"
     variants = {name: (script, json.loads(text)) for (script, text), name in names.items()}
-    return runs, pd.concat(curves).drop_duplicates(["run", "step"]), variants
+    curves = pd.concat([c for c in curves if len(c)] or [pd.DataFrame()]).reindex(columns=["run", "step", *CURVES])
+    return runs, curves.drop_duplicates(["run", "step"]), variants
 
 
 def estimate(names, scores, function):

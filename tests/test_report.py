@@ -34,6 +34,7 @@ ARGS |= {
 }
 ARGS |= {"divergence_min": 0.05, "divergence_window": 20, "update_epochs": 2, "scale_epochs": False, "env_threads": 0}
 FIXED = {"adapt_rollout": False, "divergence_min": 0.1, "env_threads": 2}  # the latter two without effect
+GAMES = "episodes", "distinct_games"
 GAME = {"sticky_action_probability": 0.0, "max_episode_steps": 27000, "precision": "float32", "global_step": 98_304}
 
 
@@ -60,14 +61,7 @@ def make_run(
             writer.add_scalar("abs/rollout_length", 16 + step // 3000, step)
             writer.add_scalar("losses/td_loss", loss, step)
     if share == 1:
-        content = {
-            "env_id": f"{game}-v5",
-            "mean": score,
-            "episodes": 100,
-            "epsilon": 0.0,
-            "distinct_games": 99,
-            "time_limits": 0,
-        }
+        content = {"env_id": f"{game}-v5", "mean": score, "epsilon": 0.0, "time_limits": 0} | dict.fromkeys(GAMES, 100)
         (folder / "eval.json").write_text(json.dumps(content | ({} if old else GAME) | dict(evaluated)))
     return folder
 
