@@ -9,11 +9,10 @@ where the rollout is fixed. Definitions:
 * Aggregates (Agarwal et al., arXiv 2108.13264): over the games that all variants share but those with less than half of them.
 * Predicted Atari-57 median (Aitchison et al., arXiv 2210.02019), in percent, from the ten games of Atari-10 with weights w:
   10^(sum of w * log10(1 + max(0, x))) - 1, x being the mean HNS of a game in percent.
-* Compared are variants of one budget that differ in one thing: what sets batch and updates, where one of them adapts; one
-  other setting; or the script, where one is none of ours. p-values are not corrected for their number.
+* Compared are variants of one budget that differ in one thing: what sets batch and updates, one other setting, or the script.
 * Probability of improvement of A over B: mean over games of the probability that a run of A scores higher, ties half.
 * Improvement of A over B in a game: 100 * (HNS of A - HNS of B) / max(1, HNS of B) percent (Wang et al., arXiv 1511.06581).
-* p: two-sided permutation test, within games, of the mean difference in HNS; exact where there are at most 20,000 ways.
+* p: two-sided permutation test, within games, of the mean difference in HNS; exact up to 20,000 ways, and not corrected.
 * Intervals: 95 % stratified bootstrap (percentile, 2,000 resamples) over seeds, at least two, and about these games only.
 * Curves: mean over 1 % of training, held for at most 5 % where no game ended; then over runs, shaded from lowest to highest.
 """
@@ -130,9 +129,8 @@ def read_run(folder):
     row["started"] = max([int(t) for f in folder.glob("events*") for t in re.findall(r"tfevents\.(\d+)", f.name)], default=0)
     scalars = {k: points for k, points in read_scalars(folder).items() if not k.startswith("eval/")}
     longest = args["num_envs"] * args["rollout_length_max" if args.get("adapt_rollout") else "num_steps"]
-    row["step"] = step = int(
-        max([steps.max() for steps, _ in scalars.values()], default=total * (folder / "eval.json").exists())
-    )
+    ends = [steps.max() for steps, _ in scalars.values()] or [total * (folder / "eval.json").exists()]
+    row["step"] = step = int(max(ends))
     losses = [points for name, points in scalars.items() if name.startswith("losses/")]
     infinite = min([steps[~np.isfinite(values)].min(initial=math.inf) for steps, values in losses], default=math.inf)
     if infinite < math.inf:
@@ -188,9 +186,8 @@ def name_variants(keys):
     for (place, short), same in groups.items():
         usual = defaults_of(next(iter(same))[0])
         for key, own in same.items():
-            words = [
-                f"{k} {v}" for k, v in sorted(own.items()) if v != usual.get(k) and any(s.get(k) != v for s in same.values())
-            ]
+            own = {k: v for k, v in sorted(own.items()) if v != usual.get(k)}
+            words = [f"{k} {v}" for k, v in own.items() if any(other.get(k) != v for other in same.values())]
             names[key] = place, len(words), ", ".join([short, *words])
     return {key: name for key, (*_, name) in sorted(names.items(), key=lambda item: item[1])}
 
@@ -414,22 +411,21 @@ def main():
     args = parser.parse_args()
     runs, curves, variants = read_runs(args.runs)
     if not variants:
-        found = "".join(f"\n{row.run}: {row.note}" for row in runs.itertuples())
-        parser.error(f"there is no run in {', '.join(map(str, args.runs))}{found}")
+        parser.error("\n".join(["there is no run in these folders", *(runs["run"] + ": " + runs["note"])]))
     finished = runs[runs["state"] == "finished"]
     scored = finished.dropna(subset="hns")
     columns = {f"{c}_{f}": (c, f) for c in ("score", "hns") for f in ("mean", "std")} | {"seeds": ("score", "size")}
     games = finished.groupby(["env_id", "variant"], sort=False).agg(**columns).reset_index()
     (totals, matrices), compared = aggregates(scored), comparisons(scored, variants)
-    figures, pictures = args.out / "figures", []
-    figures.mkdir(parents=True, exist_ok=True)
+    (args.out / "figures").mkdir(parents=True, exist_ok=True)
+    pictures = []
     tables = {"scores": runs, "games": games, "aggregates": totals, "comparisons": compared, "curves": curves}
     for name, table in tables.items():
         table.to_csv(args.out / f"{name}.csv", index=False, float_format={"scores": None, "curves": "%.4g"}.get(name, "%.6g"))
 
     def save(figure, name, caption):
         name = re.sub(r"[^a-z0-9]+", "_", name.lower())[:200]
-        figure.savefig(figures / f"{name}.png", dpi=120, bbox_inches="tight")
+        figure.savefig(args.out / "figures" / f"{name}.png", dpi=120, bbox_inches="tight")
         plt.close("all")
         pictures.append(f"![{caption}](figures/{name}.png)\n\n*{caption}.*")
 
