@@ -335,13 +335,14 @@ def draw_curves(data, variants, save):
             if column == "episodic_return" and len(games) > 1:
                 hns = drawn.assign(value=normalised(drawn["env_id"], drawn["value"])).dropna(subset="value")
                 hns = hns[hns.groupby(["variant", "step"])["env_id"].transform("nunique") == len(games)]
-                hns = hns.groupby(["variant", "step"], as_index=False)["value"].agg(lambda x: stats.trim_mean(x, 0.25))
-                drawn, games = pd.concat([drawn, hns.assign(env_id="IQM of HNS")]), [*games, "IQM of HNS"]
+                hns = [(*key, stats.trim_mean(x, 0.25), "IQM of HNS") for key, x in hns.groupby(["variant", "step"])["value"]]
+                drawn = pd.concat([drawn, pd.DataFrame(hns, columns=["variant", "step", "value", "env_id"])])
+                games += ["IQM of HNS"] * bool(hns)
             if games:
                 look = {"hue": "variant", "style": "variant", "palette": "colorblind", "errorbar": ("pi", 100)}
-                look |= {"height": 2.2, "aspect": 1.4, "col_wrap": 3, "facet_kws": {"sharey": False}}
+                look |= {"height": 2.2, "aspect": 1.4, "col_wrap": 3, "facet_kws": {"sharey": False, "legend_out": False}}
                 grid = sns.relplot(drawn, kind="line", x="step", y="value", col="env_id", col_order=games, **look)
-                sns.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0), title=None)
+                sns.move_legend(grid, "upper left", bbox_to_anchor=(0, 0), title=None)
                 grid.set_titles("{col_name}").set_axis_labels("agent steps", column.replace("_", " "))
                 save(grid, f"{column} {figure} {total}", f"{column.replace('_', ' ').capitalize()}: {figure}, {total:,} steps")
 
@@ -412,13 +413,12 @@ def main():
     runs, curves, variants = read_runs(args.runs)
     if not variants:
         parser.error("\n".join(["there is no run in these folders", *(runs["run"] + ": " + runs["note"])]))
-    finished = runs[runs["state"] == "finished"]
+    finished, pictures = runs[runs["state"] == "finished"], []
     scored = finished.dropna(subset="hns")
     columns = {f"{c}_{f}": (c, f) for c in ("score", "hns") for f in ("mean", "std")} | {"seeds": ("score", "size")}
     games = finished.groupby(["env_id", "variant"], sort=False).agg(**columns).reset_index()
     (totals, matrices), compared = aggregates(scored), comparisons(scored, variants)
     (args.out / "figures").mkdir(parents=True, exist_ok=True)
-    pictures = []
     tables = {"scores": runs, "games": games, "aggregates": totals, "comparisons": compared, "curves": curves}
     for name, table in tables.items():
         table.to_csv(args.out / f"{name}.csv", index=False, float_format={"scores": None, "curves": "%.4g"}.get(name, "%.6g"))
@@ -429,7 +429,7 @@ def main():
         plt.close("all")
         pictures.append(f"![{caption}](figures/{name}.png)\n\n*{caption}.*")
 
-    draw_curves(curves.merge(runs[runs["state"] != "duplicate"].drop(columns="step"), on="run"), variants, save)
+    draw_curves(runs[runs["state"] != "duplicate"].drop(columns="step").merge(curves, on="run"), variants, save)
     draw_scores(compared, matrices, save)
     states = ", ".join(f"{n} {state}" for state, n in runs["state"].value_counts().items())
     left_out = [f"{r.run}: {r.state}, {r.note}" for r in runs.itertuples() if r.state != "finished"]

@@ -57,15 +57,31 @@ def test_the_runs_of_a_figure(figure):
 
 
 def test_all_variants_scripts_and_games():
-    """What is asked for is what comes, once; public variants carry both flags, and a default is not listed twice."""
+    """What is asked for comes once, with a variant's own flags last; yoked runs follow the runs that they replay."""
     public = "public public-fixed public-longest"
-    every = f"adaptive fixed longest shortest max-32 max-64 max-128 time scale-epochs literal {public} yoked"
-    options = ("--games", "atari57 Pong-v5", "--scripts", "pqn l xl ppo gns pqn", "--seeds", "7 11 7", "--variants", every)
-    runs = [parse(line) for line in job_list(*options)]
+    every = f"yoked adaptive fixed longest shortest max-32 max-64 max-128 time scale-epochs literal {public}"
+    options = ["--games", "atari57 Pong-v5", "--scripts", "pqn l xl ppo gns pqn", "--seeds", "7 11 7", "--variants", every]
+    extra = [
+        "--budget",
+        1500000,
+        "--runs",
+        "/data/a",
+        "--",
+        "--num-minibatches",
+        32,
+        "--num-steps",
+        48,
+        "--exp-name",
+        "my run's",
+    ]
+    runs = [parse(line) for line in job_list(*options, *extra)]
     assert len(runs) == 57 * 2 * (4 * 13 + 4)  # max-64 (L and XL: max-128) is adaptive; of a fixed batch GNS is PQN
-    assert len({flags["run-dir"] for _, flags in runs}) == len(runs) and len({flags["env-id"] for _, flags in runs}) == 57
+    names = "total-timesteps", "adapt-interval", "num-minibatches", "exp-name"
+    assert {tuple(flags[name] for name in names) for _, flags in runs} == {("1500000", "4", "32", "my run's")}
+    folders = {flags["run-dir"]: (script, flags) for script, flags in runs}
+    assert len(folders) == len(runs) and len({flags["env-id"] for _, flags in runs}) == 57
     for script, longest in ((PQN, "64"), (L, "128"), (XL, "128"), (PPO, "64")):
-        own = {flags["run-dir"].split("/")[1]: flags for name, flags in runs if (name, flags["env-id"]) == (script, "Pong-v5")}
+        own = {f["run-dir"].split("/")[3]: f for name, f in runs if (name, f["env-id"], f["seed"]) == (script, "Pong-v5", "7")}
         fixed = {"fixed": "fixed 32", "longest": f"fixed {longest}", "public-fixed": "fixed 32", "shortest": "fixed 16"}
         fixed |= {"public": "to ", "public-longest": f"to {longest}"}
         assert {name: kind(own[name]) for name in fixed} == fixed
@@ -73,34 +89,12 @@ def test_all_variants_scripts_and_games():
         assert own["public-longest"]["rollout-length-min"] == longest  # a fixed rollout, with more epochs than --num-steps 32
         assert own["time"]["adapt-signal"] == "time" and "episodic-life" not in own["scale-epochs"]
         assert (own["literal"]["divergence-window"], own["literal"]["divergence-warmup"]) == ("1", "0")
+        replayed, flags = folders[own["yoked"]["replay"].removesuffix("/checkpoint.pt")]
+        assert (replayed, flags["env-id"], flags["seed"], kind(flags)) == (script, "Pong-v5", "11", "to ")
+    assert [i for i, (_, flags) in enumerate(runs) if "replay" in flags] == list(range(len(runs) - 57 * 2 * 5, len(runs)))
 
 
-def test_yoked_runs_follow_the_runs_that_they_replay():
-    """The run that is replayed is the adaptive one of another seed, same game and script, earlier in the list."""
-    lines = job_list("--variants", "yoked adaptive", "--scripts", "pqn gns", "--games", "Pong Qbert", "--runs", "/data/a")
-    seen, replayed = {}, []
-    for script, flags in map(parse, lines):
-        if "replay" in flags:
-            replayed.append(flags["replay"].removesuffix("/checkpoint.pt"))
-            other, other_flags = seen[replayed[-1]]
-            assert (other, other_flags["env-id"], kind(other_flags)) == (script, flags["env-id"], "to ")
-            assert other_flags["seed"] != flags["seed"] and "replay" not in other_flags
-        seen[flags["run-dir"]] = script, flags
-    assert len(set(replayed)) == len(replayed) == len(lines) / 2 == 12
-
-
-def test_a_smaller_study():
-    """Budget, seeds and further flags reach every line, K shrinks with the budget; a variant's own flags come last and win."""
-    extra = ("--", "--num-minibatches", 32, "--exp-name", "my study's runs", "--num-steps", 48)
-    for _, flags in map(parse, job_list("--games", "Pong", "--seeds", "3 11", "--budget", 1500000, *extra)):
-        assert [flags[n] for n in ("total-timesteps", "num-minibatches", "exp-name")] == ["1500000", "32", "my study's runs"]
-        assert flags["adapt-interval"] == "4" and kind(flags) in ("to ", "fixed 32", "fixed 64")
-    assert parse(job_list("--budget", 4096)[0])[1]["adapt-interval"] == "1"
-
-
-BAD = (
-    "--games Pung,--scripts dqn,--variants best,--seeds 1two,--seeds 010,--budget 20M,--budget 0,--figure 8,--games,--envs 8,"
-)
+BAD = "--games Pung,--scripts dqn,--variants best,--seeds 1two,--seeds 010,--budget 20M,--budget 0,--figure 8,--games,--env 8,"
 BAD += "--scripts *,--games ',--variants yoked --seeds 1,-- --seed 5,-- --total_timesteps=9,-- --run-dir x"
 
 
@@ -120,8 +114,7 @@ CASES += [("bash task --seed 1", "limit", 143, False), (RUN, "cancelled", 143, F
 
 @pytest.mark.parametrize("command, event, code, requeued", CASES)
 def test_slurm_queues_again_what_would_go_on(tmp_path, command, event, code, requeued):
-    """A task that has saved at its time limit comes back under its own number if its line says where it goes on; the exit code
-    is always the command's. The list has Windows' line ends."""
+    """What has saved at the limit and says where it goes on comes back; the exit code is the command's. A list of Windows."""
     for name, text in (("scontrol", 'echo "$@" > requeued'), ("torchrun", 'exec bash "$@"')):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / name).chmod(0o755)

@@ -1,4 +1,4 @@
-"""benchmark/report.py and benchmark/throughput.py, on made-up runs."""
+"""benchmark/report.py on made-up runs."""
 
 import json
 import math
@@ -14,44 +14,25 @@ from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import report  # noqa: E402
-import throughput  # noqa: E402
 
 RANDOM, HUMAN = report.ATARI57["random"], report.ATARI57["human"]
-ARGS = {
-    "num_envs": 128,
-    "total_timesteps": 100_000,
-    "learning_rate": 2.5e-4,
-    "num_steps": 32,
-    "precision": "auto",
-    "replay": "",
-}
-ARGS |= {
-    "adapt_rollout": True,
-    "adapt_signal": "divergence",
-    "rollout_length_min": 16,
-    "rollout_length_max": 64,
-    "init_from": "",
-}
-ARGS |= {"divergence_min": 0.05, "divergence_window": 20, "update_epochs": 2, "scale_epochs": False, "env_threads": 0}
+ARGS = {"num_envs": 128, "total_timesteps": 100_000, "num_steps": 32, "precision": "auto", "replay": "", "init_from": ""}
+ARGS |= {"adapt_rollout": True, "adapt_signal": "divergence", "rollout_length_min": 16, "rollout_length_max": 64}
+ARGS |= {"divergence_min": 0.05, "divergence_window": 20, "update_epochs": 2, "scale_epochs": False, "learning_rate": 2.5e-4}
+OLD = {"precision": "float32", "cudagraphs": True, "schedule_timesteps": 0}
 FIXED = {"adapt_rollout": False, "divergence_min": 0.1, "env_threads": 2}  # the latter two without effect
 GAMES = "episodes", "distinct_games"
 GAME = {"sticky_action_probability": 0.0, "max_episode_steps": 27000, "precision": "float32", "global_step": 98_304}
 
 
-def make_run(
-    folder, seed=1, hns=0.5, game="Pong", script="pqn_abs_atari.py", share=1, old=False, evaluated=(), loss=1, **flags
-):
+def make_run(folder, seed=1, hns=0.5, game="Pong", script="pqn_abs_atari.py", share=1, old=0, evaluated=(), loss=1, **flags):
     """A run as the scripts leave it, trained up to this share, with this human-normalised score at its end."""
     folder.mkdir(parents=True)
-    args = ARGS | {"env_id": f"{game}-v5", "seed": seed} | flags
+    args = (
+        ARGS | {"env_id": f"{game}-v5", "seed": seed} | flags | {"computed_with": {"script": script, "precision": "float32"}}
+    )
     if old:  # the folder alone says which script it was
-        args = {k: v for k, v in args.items() if v != ""} | {
-            "precision": "float32",
-            "cudagraphs": True,
-            "schedule_timesteps": 0,
-        }
-    else:
-        args["computed_with"] = {"script": script, "precision": "float32"}
+        args = {k: v for k, v in args.items() if v != "" and k != "computed_with"} | OLD
     (folder / "args.json").write_text(json.dumps(args))
     (folder / script).write_text("# the script\n")
     score = RANDOM[f"{game}-v5"] + hns * (HUMAN - RANDOM)[f"{game}-v5"]
@@ -88,18 +69,17 @@ def test_a_study(read, tmp_path):
             make_run(tmp_path / "runs" / name / f"{game}_{seed}", seed, hns + 0.2 * seed, game, **flags)
     text, tables = read(draw=True)
     own = tables["games"].set_index(["env_id", "variant"]).loc[("Qbert-v5", "PQN ABS 16-64")]
-    assert own[["seeds", "hns_mean", "hns_std"]].tolist() == pytest.approx([2, 1.2, 0.2 / math.sqrt(2)], rel=1e-5)
-    assert own.score_mean == pytest.approx(163.88 + 1.2 * (13455 - 163.88), rel=1e-5)
+    wanted = [2, 1.2, 0.2 / math.sqrt(2), 163.88 + 1.2 * (13455 - 163.88)]
+    assert own[["seeds", "hns_mean", "hns_std", "score_mean"]].tolist() == pytest.approx(wanted, rel=1e-5)
     totals = tables["aggregates"].set_index("variant")
     assert totals.loc["PQN ABS 16-64", list(report.METRICS)].tolist() == pytest.approx([1.2, 1.2, 1.2, 0])
     assert totals.loc["PQN fixed 32", "optimality_gap"] == pytest.approx(0.5) and set(totals.games) == {2}
     assert 1.1 <= totals.loc["PQN ABS 16-64", "mean_low"] < 1.2 < totals.loc["PQN ABS 16-64", "mean_high"] <= 1.3
     compared = tables["comparisons"].set_index(["variant", "baseline", "env_id"])
-    assert {(a, b) for a, b, _ in compared.index} == {(f"PQN ABS 16-{n}", "PQN fixed 32") for n in (32, 64)}
     own = compared.loc["PQN ABS 16-64", "PQN fixed 32", "all"]
     assert (own.probability_of_improvement, own.difference, own.improvement_percent) == pytest.approx((1, 0.7, 70))
-    assert own.difference_low < 0.7 < own.difference_high
     assert own.p == pytest.approx(2 / 36, rel=1e-4)  # of 6 * 6 ways to deal, the observed one and its mirror image
+    assert own.difference_low < 0.7 < own.difference_high and len(compared) == 2 * 3
     drawn = {p.name for p in (tmp_path / "of_runs" / "figures").iterdir()}
     assert drawn == {part.split(")")[0] for part in text.split("(figures/")[1:]}
     kinds = {"episodic_return", "rollout_length", "profiles", "improvement", "longest_rollout"}
@@ -121,7 +101,6 @@ def test_functions():
     assert report.compare(np.array([[3.0, 0.5]]), np.array([[2.0, 0.1]]))[2] == pytest.approx((50 + 40) / 2)
     exact = stats.permutation_test((x[:, 0], y[:4, 0]), lambda a, b: np.mean(a) - np.mean(b), n_resamples=np.inf)
     assert report.permutation_p(x[:, :1], y[:4, :1]) == pytest.approx(exact.pvalue)
-    assert report.permutation_p(np.array([[5.0]]), np.array([[1.0], [2.0]])) == pytest.approx(1 / 3)
     assert report.permutation_p(x[:2], y[:2], most=200) == pytest.approx(report.permutation_p(x[:2], y[:2]), abs=0.1)
     scores = rng.uniform(-0.1, 2, (3, 10))
     logs = [w * math.log10(1 + max(0, 100 * h)) for w, h in zip(report.ATARI10, scores.mean(axis=0), strict=True)]
@@ -189,8 +168,7 @@ VARIANTS = [
 
 
 def test_variants_and_comparisons(read, tmp_path):
-    """Old and new runs, and yoked ones whatever they replay, are of one variant; a user's copy is compared with the original,
-    and so is each thing that differs alone; what was evaluated otherwise is named."""
+    """Old and new runs are of one variant, and yoked ones whatever they replay; what differs in one thing is compared."""
     for i, (_, seed, options) in enumerate(VARIANTS):
         make_run(tmp_path / "runs" / f"{i:02}", seed, **options)
     text, tables = read()
@@ -200,9 +178,8 @@ def test_variants_and_comparisons(read, tmp_path):
     wanted = {(a, b) for a in adaptive for b in fixed} | {(a, b) for a in adaptive[:2] for b in adaptive[2:]}
     wanted |= {(OWN, WINDOW), (OWN, f"{OWN}, learning_rate 0.1"), ("mine ABS 16-64", OWN)}
     assert set(tables["comparisons"].groupby(["variant", "baseline"]).groups) == wanted
-    for words in ("policy: epsilon 0.0 (12,", "; epsilon 0.01 (1,", "steps: 99.0 (1,", "precision: bfloat16 (1,", "0.25 (1,"):
-        assert words in text, words
-    assert "cut by the time limit: 1 runs" in text
+    named = "epsilon 0.0 (12,", "; epsilon 0.01 (1,", "steps: 99.0 (1,", "precision: bfloat16 (1,", "0.25 (1,", "limit: 1 runs"
+    assert [words for words in named if words not in text] == []
 
 
 def test_a_resumed_run_has_no_point_twice(tmp_path):
@@ -213,26 +190,3 @@ def test_a_resumed_run_has_no_point_twice(tmp_path):
                 writer.add_scalar("losses/td_loss", value, step)
     steps, values = report.read_scalars(tmp_path)["losses/td_loss"]
     assert steps.tolist() == list(range(9)) and values.tolist() == [1] * 4 + [2] * 5
-
-
-def test_throughput(tmp_path, monkeypatch, capsys):
-    """Quiet and busy rows of what ran; what fails is named; the busy process is there when it should be."""
-    processes, busy, popen = [], [], throughput.subprocess.Popen
-
-    def run_script(command):
-        if "--bad" in command:
-            raise RuntimeError("it failed")
-        busy.append([process.poll() is None for process in processes])
-        return {"speeds": [100.0, 400.0, 400.0], "lengths": [16.0, 64.0]}
-
-    monkeypatch.setattr(throughput, "run_script", run_script)
-    monkeypatch.setattr(throughput, "measure_envpool", lambda *_, **__: [1000.0])
-    monkeypatch.setattr(throughput.subprocess, "Popen", lambda *a: processes.append(popen(*a)) or processes[-1])
-    options = f"--peer {__file__} --busy --rounds 1 --lengths moving --flags= --flags=--bad --out {tmp_path}/t.csv"
-    monkeypatch.setattr(sys, "argv", ["throughput.py", *options.split()])
-    with pytest.raises(SystemExit, match="1 of 3 failed"):
-        throughput.main()
-    assert busy == [[], [], [True], [True]] and processes[0].poll() is not None and "it failed" in capsys.readouterr().err
-    rows = pd.read_csv(tmp_path / "t.csv").set_index("name").loc["pqn_abs_atari.py, L moving"]
-    assert rows.machine.tolist() == ["quiet", "busy"] and set(rows.rollout_lengths) == {"16 to 64"}
-    assert set(zip(rows.steps_per_second, rows.lowest, rows["mean"], rows.of_emulator, strict=True)) == {(400, 100, 200, 0.4)}
