@@ -118,7 +118,8 @@ def test_slurm_queues_again_what_would_go_on(tmp_path, command, event, code, req
     for name, text in (("scontrol", 'echo "$@" > requeued'), ("torchrun", 'exec bash "$@"')):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "task").write_text(f"trap 'touch go' TERM\ntouch ready\nwhile [ ! -e go ]; do sleep 0.05; done\nexit {code}\n")
+    wait = "[[ $2 =~ [x1]$ ]] && touch ready\nwhile [ ! -e go ]; do sleep 0.05; done"
+    (tmp_path / "task").write_text(f"trap 'touch go' TERM\n{wait}\nexit {code}\n")
     (tmp_path / "jobs").write_bytes(f"false\r\nSOME=thing {command}\r\nfalse\r\n".encode())
     slurm = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "2"}
     options = {"cwd": tmp_path, "env": os.environ | slurm, "stdout": subprocess.PIPE, "text": True}
