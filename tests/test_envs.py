@@ -93,21 +93,23 @@ def test_whole_games_replayed_in_ale(game, rom, games):
     assert len({s for s, _, _ in expected}) > 1 or len({n for _, n, _ in expected}) > 1
 
 
-def test_time_limit():
-    """A time limit truncates and never terminates; the step after it is the reset; score and length start anew."""
-    envs, rng, score, scores = make_envs("MsPacman-v5", 3, max_episode_steps=100), np.random.default_rng(0), np.zeros(3), []
-    assert envs.reset().shape == (3, 4, 84, 84)
+@pytest.mark.parametrize("game, seen", [("MsPacman-v5", {0.0, 1.0}), ("Pong-v5", {0.0, -1.0})])
+def test_time_limit_and_clipped_rewards(game, seen):
+    """A time limit truncates and never terminates; the step after it is the reset; score and length start anew. Learning sees
+    rewards of -1, 0 or 1, scores are the points of the game."""
+    envs, raw = make_envs(game, 2, max_episode_steps=100), raw_envs(game, 2, max_episode_steps=100)
+    assert envs.reset().shape == (2, 4, 84, 84) and (envs.done == 0).all() and raw.reset()
+    rng, score, scores, clipped = np.random.default_rng(0), np.zeros(2), [], set()
     for t in range(101 * 3):
-        _, rewards, terminations, dones, is_reset, games = step(envs, rng.integers(envs.num_actions, size=3))
-        assert not terminations.any()  # nobody loses all lives within 100 steps
+        actions = rng.integers(envs.num_actions, size=2).astype(np.int32)
+        (_, rewards, terminations, dones, is_reset, games), points = step(envs, actions), raw.step(actions)[1]
+        assert not terminations.any()  # nobody loses a whole game within 100 steps
         assert (dones == (t % 101 == 99)).all() and (is_reset == (t % 101 == 100)).all()
-        if is_reset.any():
-            assert (rewards == 0).all() and not games
-            score[:] = 0
-        score += rewards * 10  # every reward in the first steps of this game is a pellet of ten points
-        assert sorted(games, key=lambda g: g[2]) == [(score[i], 100, i) for i in range(3) if dones.all()]
+        assert (rewards == np.sign(points)).all() and not (is_reset & (rewards != 0)).any()
+        score, clipped = np.where(is_reset, 0, score) + points, clipped | set(rewards.tolist())
+        assert sorted(games, key=lambda g: g[2]) == [(score[i], 100, i) for i in range(2) if dones.all()]
         scores += [game[0] for game in games]
-    assert len(scores) == 9 and min(scores) > 0  # so a score carried over would show
+    assert len(scores) == 6 and clipped == seen and np.count_nonzero(scores) > 3  # so one carried over shows
 
 
 def test_game_over_at_the_time_limit_is_a_termination():
@@ -159,21 +161,6 @@ def test_episodic_life():
     assert lost >= 4 * 4  # five lives each
 
 
-@pytest.mark.parametrize("game, seen", [("MsPacman-v5", {0.0, 1.0}), ("Pong-v5", {0.0, -1.0})])
-def test_rewards_are_clipped_and_scores_raw(game, seen):
-    """Learning sees -1, 0 or 1, episode statistics the points of the game."""
-    envs, raw = make_envs(game, 2, max_episode_steps=120), raw_envs(game, 2, max_episode_steps=120)
-    envs.reset(), raw.reset()
-    rng, score, clipped = np.random.default_rng(0), np.zeros(2), set()
-    for _ in range(120):
-        actions = rng.integers(envs.num_actions, size=2).astype(np.int32)
-        (_, rewards, *_, games), raw_rewards = step(envs, actions), raw.step(actions)[1]
-        assert (rewards == np.sign(raw_rewards)).all()
-        score, clipped = score + raw_rewards, clipped | set(rewards.tolist())
-    assert clipped == seen and (game == "Pong-v5" or score.max() >= 50)
-    assert sorted(games, key=lambda g: g[2]) == [(score[i], 120, i) for i in range(2)]
-
-
 def test_some_of_the_games_step():
     """Games stepped alone keep their own statistics, and their observations come in the order asked for, with more threads
     than one: the env_ids of send() and recv() are not positions."""
@@ -187,15 +174,6 @@ def test_some_of_the_games_step():
         assert (observations == step(all_envs, np.full(5, t % 4))[0][some]).all() and {len(flag) for flag in flags} == {3}
         reports += games
     assert sorted((i, length) for _, length, i in reports) == [(1, 10), (2, 10), (4, 10)]
-
-
-def test_sticky_actions_stick():
-    """The same actions lead the same way twice with probability 0, and another way with 0.9."""
-    plain, again, sticky = (make_envs("Breakout-v5", 2, sticky_action_probability=p) for p in (0.0, 0.0, 0.9))
-    plain.reset(), again.reset(), sticky.reset()
-    actions = np.random.default_rng(0).integers(4, size=(30, 2))
-    pictures = [[step(envs, a)[0] for envs in (plain, again, sticky)] for a in actions]
-    assert all((a == b).all() for a, b, _ in pictures) and any((a != c).any() for a, _, c in pictures)
 
 
 def test_seeds():
@@ -213,15 +191,6 @@ def test_seeds():
     assert (pictures[0] == pictures[1]).all() and (pictures[0] != pictures[2]).any()
 
 
-@pytest.mark.slow
-def test_every_accepted_game():
-    """The accepted ids exist in EnvPool and are games, with as many actions as ale-py has, so a network plays in both."""
-    assert len(script.ATARI_IDS) > 60 and "Ant-v5" in envpool.list_all_envs() and "Ant-v5" not in script.ATARI_IDS
-    for env_id in script.ATARI_IDS:
-        spec = envpool.make_spec(env_id)
-        assert len(emulator(spec.config.task).getMinimalActionSet()) == spec.action_space.n, env_id
-
-
 class Fixed(torch.nn.Module):
     """A network, PQN's or PPO's, that says the same whatever it sees."""
 
@@ -237,21 +206,6 @@ class Fixed(torch.nn.Module):
 def always(module, action):
     """A network for MsPacman that is sure of its action; PPO's has a value as well."""
     return Fixed(*(1e3 * np.eye(9, dtype=np.float32)[action]), *[0.0] * hasattr(module, "Agent"))
-
-
-@two_scripts
-def test_statistics_of_an_evaluation(module, episodes=5):
-    """Exactly the wanted number of games, each cut at the time limit, and right statistics of raw scores."""
-    args = module.Args(env_id="MsPacman-v5", seed=3, max_episode_steps=12, eval_episodes=7)
-    result = module.evaluate(always(module, 2), args, WORKERS, episodes)
-    returns = np.array(result["returns"])
-    assert len(returns) == len(result["lengths"]) == result["episodes"] == result["time_limits"] == episodes
-    assert set(result["lengths"]) == {12} and result["mean_length"] == 12
-    for name in ("mean", "std", "median", "min", "max"):
-        assert result[name] == pytest.approx(float(getattr(np, name)(returns)))
-    assert (result["env_id"], result["seed"], result["sticky_action_probability"]) == ("MsPacman-v5", 3, 0)
-    assert result["max_episode_steps"] == 12 and result["greedy" if module is ppo else "epsilon"] == 0
-    assert result["distinct_games"] == len({*result["returns"]})  # all as long as each other
 
 
 def test_evaluation_explores_and_repeats():
@@ -320,20 +274,25 @@ class Reading(torch.nn.Module):
 
 @two_scripts
 @pytest.mark.parametrize("episodes", [6, 131])
-def test_long_games_count_as_much_as_short_ones(module, episodes, monkeypatch):
-    """Every environment plays exactly its share, the long games too, each by what it shows; seeds are those of evaluation,
-    limit and stickiness arrive, lives do not end games."""
+def test_evaluation(module, episodes, monkeypatch):
+    """Every environment plays exactly its share, 128 at a time, long games as well as short ones, each by what it shows; seeds
+    are those of evaluation, limit and stickiness arrive, lives do not end games; statistics are those of the raw scores."""
     asked = []
     monkeypatch.setattr(envpool, "make", lambda *a, **options: asked.append(options) or Uneven(options["num_envs"]))
-    options = {"max_episode_steps": 500, "sticky_action_probability": 0.25, "episodic_life": True, "env_threads": 3}
-    args = module.Args(env_id="Pong-v5", seed=5, **options)
+    options = {"max_episode_steps": 100, "sticky_action_probability": 0.25, "episodic_life": True, "env_threads": 3}
+    args = module.Args(env_id="Pong-v5", seed=5, eval_episodes=9, **options)
     result = module.evaluate(Reading(4 + (module is ppo)), args, WORKERS, episodes)
-    numbers = [*range(min(episodes, 128)), *range(max(0, episodes - 128))]
+    numbers = np.array([*range(min(episodes, 128)), *range(max(0, episodes - 128))])
     assert sorted(zip(result["returns"], result["lengths"], strict=True)) == sorted((10.0 * i, i + 1) for i in numbers)
-    assert result["distinct_games"] == min(episodes, 128) and result["time_limits"] == 0
+    for name in ("mean", "std", "median", "min", "max"):
+        assert result[name] == pytest.approx(float(getattr(np, name)(10.0 * numbers)))
+    assert result["mean_length"] == pytest.approx(numbers.mean() + 1) and result["episodes"] == episodes
+    assert result["distinct_games"] == min(episodes, 128) and result["time_limits"] == sum(numbers >= 99)
+    assert (result["env_id"], result["seed"], result["greedy" if module is ppo else "epsilon"]) == ("Pong-v5", 5, 0)
+    assert (result["max_episode_steps"], result["sticky_action_probability"]) == (100, 0.25)
     (options,) = asked
     assert options["env_seed"] == module.env_seeds(5, min(episodes, 128), evaluation=True) and options["num_threads"] == 3
-    assert (options["max_episode_steps"], options["repeat_action_probability"]) == (500, 0.25)
+    assert (options["max_episode_steps"], options["repeat_action_probability"]) == (100, 0.25)
     assert not options.get("episodic_life") and options["reward_clip"]
 
 
