@@ -29,6 +29,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -479,10 +480,9 @@ def parse_args():
         words = ["--env-id", load_checkpoint(given["--init-from"])["args"]["env_id"], *words]
     if "--run-dir" in given and path.exists():
         checkpoint = load_checkpoint(path)
-        try:
-            default = Args(**checkpoint["args"])
-        except TypeError as e:
-            fail(f"{path} is of another script: {e}")
+        if checkpoint["args"].keys() != Args.__dataclass_fields__.keys():
+            fail(f"{path} is of another script")
+        default = Args(**checkpoint["args"])
     args = tyro.cli(Args, args=words, default=default, description=__doc__)
     saved = checkpoint["args"] if checkpoint else {}
     changed = [
@@ -550,7 +550,8 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
 
     # Progress, from the start or from where the checkpoint left it
-    state = checkpoint or {"global_step": 0, "iteration": 0, "divergences": [], "recent_returns": [], "lengths": []}
+    state = {"global_step": 0, "iteration": 0, "divergences": [], "recent_returns": [], "lengths": []}
+    state |= checkpoint or {"parent_step": source["global_step"] if source else 0}
     global_step, iteration, lengths = state["global_step"], state["iteration"], state["lengths"]
     divergences = deque(state["divergences"], maxlen=args.divergence_window)
     recent_returns = deque(state["recent_returns"], maxlen=100)
@@ -593,21 +594,24 @@ if __name__ == "__main__":
     terminations, dones, is_transition = torch.zeros((3, length_max, num_envs), dtype=torch.bool)
 
     # Run folder and logs
-    if args.track and RANK == 0:
-        try:
-            import wandb
-
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
-            wandb.init(**names, id=state.get("wandb_id"), resume="allow", config=vars(args), save_code=True)
-        except Exception as e:
-            fail(f"--track needs `pip install wandb` and `wandb login`, or WANDB_MODE=offline: {e}")
     if RANK == 0:
+        is_new = not run_dir.exists()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             folder_lock = FileLock(run_dir / ".lock")
             folder_lock.acquire(timeout=0)
         except OSError as e:
             fail(f"cannot use {run_dir}, which may be read-only or in use by another process: {e}")
+        if args.track:
+            try:
+                import wandb
+
+                names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
+                wandb.init(**names, id=state.get("wandb_id"), resume="allow", config=vars(args), save_code=True)
+            except Exception as e:
+                if is_new:
+                    shutil.rmtree(run_dir)
+                fail(f"--track needs `pip install wandb` and `wandb login`, or WANDB_MODE=offline: {' '.join(str(e).split())}")
         processor = torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
         computed_with = {"script": Path(__file__).name, "precision": precision, "device": device.type, "processor": processor}
         computed_with |= {"torch_threads": workers.cores, "processes": WORLD_SIZE, "python": sys.version.split()[0]}
@@ -635,7 +639,7 @@ if __name__ == "__main__":
         content = {"args": vars(args), "network": network.state_dict(), "optimizer": optimizer.state_dict()}
         content |= {"global_step": global_step, "iteration": iteration, "rollout_length": rollout_length, "lengths": lengths}
         content |= {"divergences": list(divergences), "recent_returns": list(recent_returns), "precision": precision}
-        content |= {"wandb_id": wandb.run.id} if args.track else {}
+        content |= {"parent_step": state["parent_step"], "wandb_id": wandb.run.id if args.track else None}
         buffer = io.BytesIO()
         torch.save(content, buffer)
         try:
@@ -787,18 +791,17 @@ if __name__ == "__main__":
         sys.exit(128 + stop if stop else 0)
 
     # Evaluation, where there is none of this checkpoint with these settings yet
-    path, evaluated_step = run_dir / "eval.json", global_step or load_checkpoint(args.init_from)["global_step"]
+    path, evaluated_step = run_dir / "eval.json", global_step or state["parent_step"]
+    statistics = json.loads(path.read_text()) if path.exists() else {}
     wanted = {"global_step": evaluated_step, "episodes": args.eval_episodes, "epsilon": args.eval_epsilon}
-    if args.eval_episodes and not (path.exists() and wanted.items() <= json.loads(path.read_text()).items()):
+    if args.eval_episodes and not wanted.items() <= statistics.items():
         statistics = evaluate(network, args, workers, args.eval_episodes)
         statistics |= {"global_step": evaluated_step, "precision": precision}
         write_file(path, json.dumps(statistics, indent=2).encode())
-        names = ("mean", "std", "median", "mean_length")
-        log({f"eval/{name}": statistics[name] for name in names}, global_step + 1)  # purged where it is evaluated again
-        line = (
-            "score {mean:.2f} +- {std:.2f} in {episodes} games, {distinct_games} distinct, {time_limits} cut by the time limit"
-        )
+        line = "score {mean:.2f} +- {std:.2f} in {episodes} games, {distinct_games} distinct, {time_limits} cut by time limit"
         print(f"{line.format(**statistics)}: {path}", flush=True)
+    names = ("mean", "std", "median", "mean_length") if statistics else ()
+    log({f"eval/{name}": statistics[name] for name in names}, global_step + 1)  # a run that is continued purges them first
     if args.capture_video and not (run_dir / "videos").exists():
         returns = evaluate(network, args, workers, args.video_episodes, run_dir / "videos")["returns"]
         print(f"recorded games with scores {returns}: {run_dir / 'videos'}", flush=True)

@@ -1,151 +1,80 @@
 #!/usr/bin/env bash
-# Prints the study as a list of jobs, one complete command per line, for bash, GNU parallel or a Slurm array to run.
-set -feuo pipefail
-cd "$(dirname "$0")/.."
-
-usage() {
-    cat <<'TEXT'
-usage: benchmark/atari10.sh [options] [-- flags for every command] > jobs.txt
-
-  --figure N         the runs behind one figure of the paper, instead of --scripts and --variants:
-                     1, 2, 3, 5 (PQN), 6 (PQN-L), 7 (PQN-XL), 4 (longest rollout 32, 64, 128 for all three), gns, ppo
-  --scripts "..."    of pqn l xl ppo gns                                                        (default: pqn)
-  --variants "..."   of adaptive, fixed (at the base length 32), longest and shortest (fixed at the ends of the range),
-                     max-32 max-64 max-128 (adaptive, up to so many steps), time (the open-loop control), scale-epochs,
-                     literal (no averaging of the divergence); gns has adaptive and max-... of its own, and what it
-                     has besides is pqn's                                     (default: adaptive fixed longest)
-  --games "..."      atari10, atari57, or names such as "Pong Breakout"                     (default: atari10)
-  --seeds "..."                                                                               (default: 1 2 3)
-  --budget STEPS     agent steps of each run; measurements of the policy become as much more frequent as a run is
-                     shorter (every 50 iterations at 20 million steps)                     (default: 20000000)
-
-Lines are ordered by seed, so that an unfinished study has every game. Each carries --auto-resume: a command that is run
-again goes on where it stopped, and ends at once where it had finished.
-TEXT
-}
+# Prints a study as a list of jobs, a command per line, for bash, GNU parallel or slurm_array.sh. A list can be run again.
+set -fuo pipefail
+cd "$(dirname "$0")/.." || exit
+usage="usage: benchmark/atari10.sh [options] [-- flags for every command] > jobs.txt
+  --figure N         the runs behind a figure of the paper: 1, 2, 3, 5 (PQN), 6 (L), 7 (XL), 4 (all three), gns, ppo
+  --scripts '...'    of pqn l xl ppo gns; gns has adaptive, max-... and yoked, the others are pqn's     (default: pqn)
+  --variants '...'   of adaptive; fixed (at 32), longest, shortest (at the ends of the range); max-32 max-64 max-128;
+                     time (growth with time); scale-epochs; literal (no averaging); public public-fixed public-longest
+                     (as the author's code); yoked (the lengths of adaptive's next seed, blind to its own policy: these
+                     lines come last and need adaptive's checkpoints)               (default: adaptive fixed longest)
+  --games '...'      atari10, atari57, or names such as 'Pong Breakout'                             (default: atari10)
+  --seeds '...'                                                                                       (default: 1 2 3)
+  --budget STEPS     agent steps of each run; K, 50 at 20 million, shrinks with it                 (default: 20000000)
+  --runs FOLDER      runs lie in FOLDER/<variant>/<game>__<script>__<seed>                             (default: runs)"
 fail() {
     echo "error: $1" >&2
     exit 2
 }
-distinct() { # the words of $1, each once; $2 is the option they come from
-    local words
-    words=$(tr -s ' \t\n' '\n' <<<"$1" | awk 'NF && !seen[$0]++' | paste -sd' ' -)
-    [ -n "$words" ] || fail "$2 needs a value; see --help"
-    echo "$words"
+check() { # option, its words, allowed words
+    for word in $2; do [[ " $3 " == *" $word "* ]] || fail "unknown $1 '$word'; use: $3"; done
 }
-one_of() { # value, what it is, allowed values
-    [[ " $3 " == *" $1 "* ]] || fail "unknown $2 '$1'; use one of: $3"
-}
-set_flags() { # variant, the script's longest rollout: sets $flags
-    case $1 in
-    adaptive) flags="" ;;
-    fixed) flags="--no-adapt-rollout --num-steps 32" ;;
-    longest) flags="--no-adapt-rollout --num-steps $2" ;;
-    shortest) flags="--no-adapt-rollout --num-steps 16" ;;
-    max-*) flags="--rollout-length-max ${1#max-}" ;;
-    time) flags="--adapt-signal time" ;;
-    scale-epochs) flags="--scale-epochs" ;;
-    literal) flags="--divergence-window 1 --divergence-warmup 0" ;;
-    esac
-}
-
-scripts="pqn" variants="adaptive fixed longest" games="atari10" seeds="1 2 3" budget=20000000 figure="" given=""
-while [ $# -gt 0 ] && [ "$1" != "--" ]; do
-    case "$1" in
-    -h | --help) usage && exit ;;
-    --figure | --scripts | --variants | --games | --seeds | --budget)
-        [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value; see --help"
-        printf -v "${1#--}" "%s" "$2"
-        given+=" $1 "
-        shift 2
-        ;;
-    *) fail "unknown option '$1'; see --help (flags for the training commands follow after --)" ;;
-    esac
+scripts=pqn variants="adaptive fixed longest" games=atari10 seeds="1 2 3" budget=20000000 runs=runs figure=""
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    [[ $1 != -h && $1 != --help ]] || { echo "$usage" && exit; }
+    [[ $1 =~ ^--(figure|scripts|variants|games|seeds|budget|runs)$ ]] || fail "unknown option '$1'; see --help"
+    [[ ${2-} =~ [^[:space:]] ]] || fail "$1 needs a value; see --help"
+    printf -v "${1#--}" %s "$2" && shift 2
 done
-[ $# -gt 0 ] && shift
-extra=$(printf ' %q' "$@")
-[ $# -gt 0 ] || extra=""
-for flag in "$@"; do
-    flag=${flag%%=*}
-    case "${flag//_/-}" in
-    --env-id | --seed | --total-timesteps) fail "${flag} is set by --games, --seeds and --budget; not after --" ;;
-    --resume | --eval-only | --model) fail "${flag} is not for a list of training runs" ;;
-    esac
-done
-
-if [ -n "$figure" ] && [[ "$given" == *" --scripts "* || "$given" == *" --variants "* ]]; then
-    fail "--figure sets scripts and variants; leave out --scripts and --variants, or --figure"
-fi
-case "$figure" in
-"" | 1 | 2 | 3 | 5) ;;
+flags="" && [ $# -lt 2 ] || flags=$(printf ' %q' "${@:2}")
+[[ ! "${flags//_/-} " =~ \ (--(env-id|seed|total-timesteps|run-dir))[\ =] ]] || fail "${BASH_REMATCH[1]} is set by the list"
+case $figure in
+[1235] | "") ;;
 4) scripts="pqn l xl" variants="fixed max-32 max-64 max-128" ;;
-6) scripts="l" ;;
-7) scripts="xl" ;;
+6) scripts=l ;;
+7) scripts=xl ;;
 gns) scripts="pqn gns" variants="adaptive fixed" ;;
-ppo) scripts="ppo" variants="adaptive fixed" ;;
+ppo) scripts=ppo variants="adaptive fixed" ;;
 *) fail "unknown figure '$figure'; use 1 to 7, gns or ppo" ;;
 esac
-
-table=benchmark/atari57_scores.csv
-all=$(awk -F, 'NR > 1 {sub("-v5", "", $1); print $1}' $table | xargs)
-games=${games//atari10/$(awk -F, 'NR > 1 && $4 {sub("-v5", "", $1); print $1}' $table | xargs)}
-games=${games//atari57/$all}
-scripts=$(distinct "$scripts" --scripts)
-variants=$(distinct "$variants" --variants)
-games=$(distinct "${games//-v5/}" --games)
-seeds=$(distinct "$seeds" --seeds)
-for game in $games; do one_of "$game" game "$all"; done
-for script in $scripts; do one_of "$script" script "pqn l xl ppo gns"; done
-known="adaptive fixed longest shortest max-32 max-64 max-128 time scale-epochs literal"
-for variant in $variants; do one_of "$variant" variant "$known"; done
-for flag in "$@"; do # what comes last wins: such a flag would make one run of two variants
-    [[ $flag == --* ]] || continue
-    flag=${flag%%=*}
-    name=${flag//_/-}
-    for variant in $variants; do
-        set_flags "$variant" 64
-        case $variant in # fixed at the ends of the scripts' own range
-        longest) flags+=" --rollout-length-max" ;;
-        shortest) flags+=" --rollout-length-min" ;;
-        esac
-        if [[ " ${flags//--no-/--} " == *" ${name/#--no-/--} "* ]]; then
-            fail "$flag is set by the variant '$variant'; leave that out of --variants, or the flag"
-        fi
-    done
-done
-whole='^(0|[1-9][0-9]{0,14})$'
-for seed in $seeds; do
-    { [[ $seed =~ $whole ]] && ((seed < 2 ** 32)); } || fail "a seed is a whole number from 0 to 4294967295, not '$seed'"
-done
-{ [[ $budget =~ $whole ]] && ((budget > 0)); } || fail "--budget is a number of agent steps such as 20000000, not '$budget'"
-
-if [[ " $scripts " == *" gns "* && " $scripts " != *" pqn "* ]]; then
-    for variant in $variants; do
-        [[ $variant == adaptive || $variant == max-* ]] || fail "gns has no variant '$variant': that is pqn's, add it to --scripts"
-    done
-fi
-
+all=$(awk -F, 'NR > 1 {sub("-v5", "", $1); print $1}' benchmark/atari57_scores.csv | xargs)
+ten=$(awk -F, 'NR > 1 && $4 {sub("-v5", "", $1); print $1}' benchmark/atari57_scores.csv | xargs)
+games=${games//atari10/$ten} && games=${games//atari57/$all} && games=${games//-v5/}
+check scripts "$scripts" "pqn l xl ppo gns"
+check games "$games" "$all"
+lengths="adaptive fixed longest shortest max-32 max-64 max-128 time yoked"
+check variants "$variants" "$lengths scale-epochs literal public public-fixed public-longest"
+[[ "$seeds " =~ ^(\ *(0|[1-9][0-9]{0,9})\ )+$ ]] || fail "--seeds are whole numbers, not '$seeds'"
+seeds=$(tr ' ' '\n' <<<"$seeds" | awk 'NF && !seen[$0]++' | xargs)
+[[ $budget =~ ^[1-9][0-9]{0,14}$ ]] || fail "--budget is a number of agent steps such as 20000000, not '$budget'"
+[[ " $variants " != *" yoked "* || $seeds == *[0-9]\ *[0-9]* ]] || fail "yoked needs two --seeds or more, not '$seeds'"
 interval=$(((50 * budget + 10000000) / 20000000))
-common="--total-timesteps $budget --adapt-interval $((interval > 0 ? interval : 1)) --auto-resume$extra"
+previous=${seeds##* } next=()
+for seed in $seeds; do next[previous]=$seed previous=$seed; done
 for seed in $seeds; do
     for game in $games; do
         for script in $scripts; do
-            case $script in
-            pqn) file=pqn_abs_atari.py longest=64 ;;
-            l | xl) file=pqn_${script}_abs_atari.py longest=128 ;;
-            ppo) file=ppo_abs_atari.py longest=64 ;;
-            gns) file=gns_batch_atari.py longest=64 ;;
-            esac
             for variant in $variants; do
-                set_flags "$variant" $longest
-                if [[ $variant == max-$longest && " $variants " == *" adaptive "* ]]; then
-                    continue # the script's own default, which adaptive is already
-                fi
-                if [ $script = gns ]; then # with a fixed batch it is PQN; the other variants are the divergence's
-                    case $variant in adaptive | max-*) ;; *) continue ;; esac
-                fi
-                echo "python $file --env-id $game-v5 --seed $seed ${flags:+$flags }$common"
+                file=${script}_abs_atari longest=64 own=""
+                case $script in l | xl) file=pqn_${script}_abs_atari longest=128 ;; gns) file=gns_batch_atari ;; esac
+                [[ $script != gns || $variant =~ ^(adaptive|max-.*|yoked)$ ]] || continue
+                [[ $variant != "max-$longest" || " $variants " != *" adaptive "* ]] || continue # which adaptive is already
+                case $variant in
+                *fixed) own=" --no-adapt-rollout --num-steps 32" ;;
+                longest) own=" --no-adapt-rollout --num-steps $longest" ;;
+                *longest) own=" --rollout-length-min $longest --rollout-length-max $longest" ;; # epochs go by --num-steps, 32
+                shortest) own=" --no-adapt-rollout --num-steps 16" ;;
+                max-*) own=" --rollout-length-max ${variant#max-}" ;;
+                time) own=" --adapt-signal time" ;;
+                scale-epochs) own=" --scale-epochs" ;;
+                literal) own=" --divergence-window 1 --divergence-warmup 0" ;;
+                yoked) own=" --adapt-signal replay --replay $runs/adaptive/${game}__${file}__${next[seed]}/checkpoint.pt" ;;
+                esac
+                [[ $variant != public* ]] || own+=" --scale-epochs --episodic-life"
+                echo "python $file.py --run-dir $runs/$variant/${game}__${file}__$seed --env-id $game-v5 --seed $seed" \
+                    "--total-timesteps $budget --adapt-interval $((interval > 0 ? interval : 1))$flags$own"
             done
         done
     done
-done
+done | awk '!seen[$0]++ {if (/ replay /) last = last $0 "\n"; else print} END {printf "%s", last}'

@@ -7,7 +7,6 @@
 #
 #     python benchmark/throughput.py --peer ../cleanrl/pqn_atari_envpool.py --steps 40960 --rounds 3
 #
-# What it learns beside ours: the commands of benchmark/results/2026-11-21/peer/jobs.txt, then benchmark/peer_curves.py.
 s/^import gym$/import gymnasium as gym/
 s/env_type="gym"/env_type="gymnasium"/
 
