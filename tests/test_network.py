@@ -1,25 +1,18 @@
 """The networks written out by hand, their losses, and the gradient that Workers assemble from parts of a minibatch."""
 
-import copy
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import modules_with
+from conftest import MODULES, modules_with
 from torch.distributions import Categorical
 
 all_scripts = pytest.mark.parametrize("script", modules_with("Workers"))
 large_scripts = pytest.mark.parametrize("script", modules_with("MultiSkipMLP"))
 distinct_scripts = pytest.mark.parametrize("script", [m for m in modules_with("Workers") if "l_abs" not in m.id])
 ppo_scripts = pytest.mark.parametrize("script", modules_with("ppo_loss"))
-PARAMETERS = {
-    "pqn_abs_atari": 1_729_444,
-    "gns_batch_atari": 1_729_444,
-    "pqn_l_abs_atari": 6_495_044,
-    "pqn_xl_abs_atari": 9_131_844,
-    "ppo_abs_atari": 1_686_693,
-}
+PARAMETERS = dict(zip(MODULES, (1_729_444, 6_495_044, 9_131_844, 1_686_693, 1_729_444), strict=True))
 BLOCKS = {"pqn_l_abs_atari": 5, "pqn_xl_abs_atari": 10}
 CPU = torch.device("cpu")
 
@@ -49,7 +42,7 @@ def test_parameters_and_outputs(script):
     batch norm, or parts of a minibatch would not add up."""
     network, obs = network_of(script), frames(9)
     count = sum(p.numel() for p in network.parameters())
-    assert count == PARAMETERS[script.__name__]
+    assert count == PARAMETERS[f"{script.__name__}.py"]
     assert sum(p.numel() for p in network_of(script, 18).parameters()) == count + 14 * 513
     extreme = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 4, 84, 84)
     with torch.no_grad():
@@ -128,8 +121,8 @@ def test_bfloat16_is_close_to_float32(script):
 
 @large_scripts
 def test_the_residual_stream(script):
-    """With silent blocks N of them turn g into (N + 1) g, which is not behind a ReLU; in bfloat16 the blocks compute in
-    bfloat16 and their sum does not; at initialisation no block's gradient is ten times another's."""
+    """In bfloat16 the blocks compute in bfloat16 and their sum does not, or what ten blocks add would be rounded away; at
+    initialisation no block's gradient is ten times another's."""
     network = network_of(script, precision=torch.bfloat16)
     (mlp,) = layers(network, script.MultiSkipMLP)
     streams, products = [], []
@@ -137,15 +130,10 @@ def test_the_residual_stream(script):
         block.register_forward_hook(lambda module, arguments, output: streams.append(arguments[0]))
         block[1].register_forward_hook(lambda module, arguments, output: products.append(output))
     network(frames(16)).square().sum().backward()
-    assert len(streams) == BLOCKS[script.__name__] and (streams[0] < 0).any()
     assert {x.dtype for x in streams} == {torch.float32} and {x.dtype for x in products} == {torch.bfloat16}
     assert (streams[-1].bfloat16().float() != streams[-1]).float().mean() > 0.5
     norms = [torch.cat([p.grad.flatten() for p in block.parameters()]).norm() for block in mlp.blocks]
     assert min(norms) > 0 and max(norms) / min(norms) < 10
-    silenced, g = copy.deepcopy(mlp), torch.randn(7, 512)
-    for block in silenced.blocks:
-        torch.nn.init.zeros_(block[-1].weight)
-    torch.testing.assert_close(silenced(g), (len(mlp.blocks) + 1) * g, rtol=1e-5, atol=1e-5)
 
 
 def minibatch(script, n=41):
@@ -204,8 +192,7 @@ def test_forward_in_parts(script):
         outputs = script.Workers(CPU, cores).forward(network, obs.numpy())
         assert sorted(sizes) == sorted(expected) and not outputs.requires_grad and outputs.shape[0] == n
         with torch.no_grad():
-            torch.testing.assert_close(outputs[:7], network(obs[:7]), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(outputs[7:], outputs[:-7] if n > 7 else outputs[7:], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(outputs, network(obs[:7]).repeat(n // 7 + 1, 1)[:n], rtol=1e-4, atol=1e-5)
 
 
 def written_ppo_loss(outputs, args, actions, log_probs, advantages, returns, values):
@@ -224,12 +211,11 @@ def written_ppo_loss(outputs, args, actions, log_probs, advantages, returns, val
     return loss, [-surrogate, value_loss, entropy, (ratio - 1 - ratio.log()).mean(), clipped]
 
 
+VARIANTS = [{}, {"clip_vloss": False}, {"clip_coef": 0.3, "ent_coef": 0.5, "vf_coef": 2.0}, {"ent_coef": 0.0}]
+
+
 @ppo_scripts
-@pytest.mark.parametrize(
-    "variant",
-    [{}, {"clip_vloss": False}, {"clip_coef": 0.3, "ent_coef": 0.5, "vf_coef": 2.0}, {"ent_coef": 0.0}],
-    ids=str,
-)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_ppos_loss_and_gradient(script, variant):
     """Loss, logs and gradient equal those of the written loss, on the transitions alone."""
     torch.manual_seed(0)
