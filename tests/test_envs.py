@@ -23,8 +23,7 @@ def make_envs(env_id, num_envs, seed=1, **args):
 
 
 def raw_envs(env_id, num_envs, **options):
-    """EnvPool's own games, those of make_envs()."""
-    seeds = script.env_seeds(1, num_envs)
+    seeds = script.env_seeds(1, num_envs)  # those of make_envs()
     return envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, env_seed=seeds, num_threads=1, **options)
 
 

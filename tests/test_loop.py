@@ -184,7 +184,7 @@ def test_losses_are_their_definition(script, loss_of, record, sharp_policy):
             loss, logs = loss_of(network, obs[inds], *batch)
             gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, network.parameters())])
             for name, value in {**logs, "grad_norm": gradient.norm()}.items():
-                sums[name] += float(value) / 6
+                sums[name] += value.item() / 6
         for name, value in sums.items():
             assert run.scalars[f"losses/{name}"][i] == pytest.approx(value, rel=2e-3, abs=1e-5), name
         compared += not real.all()
