@@ -200,10 +200,9 @@ def read_runs(paths):
     """(table of all runs, their curves, dict from variant to (script, settings))."""
     rows, curves = [], []
     for path in paths:
-        if (path / "scores.csv").is_file() and (path / "curves.csv").is_file():
-            rows += pd.read_csv(path / "scores.csv").to_dict("records")
-            curves.append(pd.read_csv(path / "curves.csv"))
-            continue
+        for stored in sorted(path.rglob("scores.csv")):  # an earlier report's, or a study's
+            rows += pd.read_csv(stored).to_dict("records")
+            curves.append(pd.read_csv(stored.with_name("curves.csv")))
         for folder in find_runs(path):
             try:
                 row, curve = read_run(folder)
@@ -342,7 +341,7 @@ def draw_curves(data, variants, save):
                 look = {"hue": "variant", "style": "variant", "palette": "colorblind", "errorbar": ("pi", 100)}
                 look |= {"height": 2.2, "aspect": 1.4, "col_wrap": 3, "facet_kws": {"sharey": False, "legend_out": False}}
                 grid = sns.relplot(drawn, kind="line", x="step", y="value", col="env_id", col_order=games, **look)
-                sns.move_legend(grid, "upper left", bbox_to_anchor=(0, 0), title=None)
+                sns.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0), ncol=3, title=None)
                 grid.set_titles("{col_name}").set_axis_labels("agent steps", column.replace("_", " "))
                 save(grid, f"{column} {figure} {total}", f"{column.replace('_', ' ').capitalize()}: {figure}, {total:,} steps")
 
