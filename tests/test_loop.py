@@ -1,5 +1,5 @@
-"""The training loop against its definition: EnvPool is recorded, and losses, divergence, KL and gradient noise scale are
-computed anew from the record."""
+"""The training loop against its definition: EnvPool is recorded, and losses, divergence, KL, noise scale and rollout lengths
+are computed anew from the record and from the checkpoints."""
 
 import itertools
 import math
@@ -9,370 +9,388 @@ import envpool
 import numpy as np
 import pytest
 import torch
-from conftest import DISTINCT, MODULES
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_ppo import explicit_advantages
-from test_targets import forward_view
+import torch.nn.functional as F
+from conftest import DISTINCT, MODULES, scalars
+from test_functions import forward_view
+from test_network import written_ppo_loss
 from torch.distributions import Categorical, kl_divergence
 
-scripts = pytest.mark.parametrize("script", [name for name in DISTINCT if hasattr(MODULES[name], "q_lambda_returns")])
-ppo_scripts = pytest.mark.parametrize(
-    "script", [name for name in DISTINCT if hasattr(MODULES[name], "generalized_advantages")]
-)
+PQN, PPO, GNS = DISTINCT
 PLAIN = (
-    "--num-envs 4 --update-epochs 1 --eval-episodes 0 --precision float32 --device cpu --env-pools 1 "
-    "--torch-threads 1 --env-threads 1"
+    "--num-envs 4 --eval-episodes 0 --precision float32 --device cpu --torch-threads 1 --env-threads 1 --num-minibatches 2 "
+    "--update-epochs 1"
 ).split()
-
-
-class Recorder:
-    """An EnvPool that keeps what went in and out of it. With `paint`, a function of the observations' shape, it shows the
-    script what that returns instead of the game."""
-
-    def __init__(self, pool, options, paint=None):
-        self.pool, self.options, self.paint = pool, options, paint
-        self.observations, self.actions, self.rewards, self.terminations, self.dones = [], [], [], [], []
-
-    def __getattr__(self, name):
-        return getattr(self.pool, name)
-
-    def reset(self):
-        observations, info = self.pool.reset()
-        observations = self.paint(observations.shape) if self.paint else observations
-        self.observations.append(observations.copy())
-        return observations, info
-
-    def send(self, actions, env_ids=None):
-        self.actions.append(actions.copy())
-        self.pool.send(actions, env_ids)
-
-    def recv(self):
-        observations, rewards, terminated, truncated, info = self.pool.recv()
-        assert (info["env_id"] == np.arange(4)).all()
-        observations = self.paint(observations.shape) if self.paint else observations
-        self.observations.append(observations.copy())
-        self.rewards.append(rewards.copy())
-        self.terminations.append(terminated | info["terminated"].astype(bool))
-        self.dones.append(terminated | truncated | info["terminated"].astype(bool))
-        return observations, rewards, terminated, truncated, info
-
-
-@pytest.fixture
-def record(run_here, monkeypatch, tmp_path):
-    """Runs a script in this process; returns the record, the scalars and the trained network."""
-
-    def record(script, *arguments, paint=None):
-        recorders = []
-        make = envpool.make
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                envpool, "make", lambda *a, **k: recorders.append(Recorder(make(*a, **k), k, paint)) or recorders[-1]
-            )
-            before = set(tmp_path.glob("runs/*"))
-            minibatches = ("--num-minibatches", 2 if script == "gns_batch_atari.py" else 1)  # one has no noise scale
-            result = run_here(script, *PLAIN, *minibatches, *arguments)
-        assert result.returncode == 0, result.stderr
-        (run_dir,) = set(tmp_path.glob("runs/*")) - before
-        events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-        scalars = {name: [e.value for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
-        network, _ = MODULES[script].load_model(run_dir / "model.pt", torch.device("cpu"))
-        (recorder,) = recorders
-        return recorder, scalars, network
-
-    return record
-
-
-@torch.no_grad()
-def q_values_of(q_network, observations):
-    """(steps, environments, actions) of recorded observations (steps, environments, 4, 84, 84)."""
-    return torch.stack([q_network(torch.from_numpy(o)) for o in observations])
-
-
-@scripts
-@pytest.mark.parametrize("minibatches", [1, 2])
-def test_loss_and_values_are_their_definition(script, minibatches, record):
-    """With a learning rate too small to move the weights, every rollout's logged loss is the mean over its real transitions
-    of (Q(s, a) - lambda-return)^2: no reset step among them, time limits bootstrapped, lost lives not, nothing shifted."""
-    if script == "gns_batch_atari.py" and minibatches == 1:
-        pytest.skip("one minibatch has no noise scale")
-    options = "--env-id Breakout-v5 --episodic-life --max-episode-steps 45 --learning-rate 1e-14 --total-timesteps 2400"
-    lengths = "--adapt-signal time --adapt-interval 1 --rollout-smoothing 1 --rollout-length-min 5 --rollout-length-max 24"
-    settings = "--gamma", 0.9, "--q-lambda", 0.7, "--num-minibatches", minibatches
-    recorder, scalars, q_network = record(script, *options.split(), *lengths.split(), *settings)
-    q_values = q_values_of(q_network, recorder.observations)
-    rewards, terminations, dones = (
-        torch.from_numpy(np.array(x)) for x in (recorder.rewards, recorder.terminations, recorder.dones)
-    )
-    taken = q_values[:-1].gather(2, torch.from_numpy(np.array(recorder.actions)).long().unsqueeze(2)).squeeze(2)
-    is_reset = torch.cat([torch.zeros(1, 4, dtype=torch.bool), dones[:-1]])
-    assert rewards.any() and terminations.any() and (dones & ~terminations).any()
-    begin = compared = 0
-    for i, length in enumerate(map(int, scalars["abs/rollout_length"])):
-        part = slice(begin, begin + length)
-        next_values = q_values[begin + 1 : begin + length + 1].max(2).values
-        returns = forward_view(rewards[part], terminations[part], dones[part], next_values, 0.9, 0.7)
-        real = ~is_reset[part]
-        begin += length
-        if minibatches == 2 and not real.all():
-            continue  # samples of the minibatch with more reset steps count more
-        compared += 1
-        loss = ((taken[part] - returns) ** 2)[real].mean()
-        assert scalars["losses/td_loss"][i] == pytest.approx(float(loss), rel=1e-4)
-        assert scalars["losses/q_values"][i] == pytest.approx(float(taken[part][real].mean()), rel=1e-4, abs=1e-6)
-    assert begin == len(rewards) and len(set(scalars["abs/rollout_length"])) > 3 and compared > 5
 
 
 def patches():
     """For `paint`: every observation another pattern of 7 x 7 patches, in the same order each time. An untrained network takes
     all states of a game for nearly the same and prefers one action in all of them; between these it tells."""
     rng = np.random.default_rng(0)
-    return lambda shape: rng.integers(0, 256, (*shape[:2], 7, 7), dtype=np.uint8).repeat(12, 2).repeat(12, 3)
+    return lambda obs: rng.integers(0, 256, (*obs.shape[:2], 7, 7), dtype=np.uint8).repeat(12, 2).repeat(12, 3)
 
 
-@pytest.mark.parametrize("script", DISTINCT)
-def test_minibatches_are_random_divisions_of_the_rollout(script, record):
-    """Every epoch goes once through the whole rollout, in an order of its own."""
-    seen = []
+class Recorder:
+    """An EnvPool that keeps what goes in and out of it. `paint` makes the pictures that the script sees of those of the game,
+    `points` its rewards."""
 
-    def keep(module, inputs):
-        if torch.is_grad_enabled() and type(module).__name__ in ("QNetwork", "Agent"):
-            seen.append([observation.tobytes() for observation in inputs[0].numpy()])
+    def __init__(self, pool, options, paint, points):
+        self.pool, self.options, self.paint, self.points = pool, options, paint, points
+        self.obs, self.actions, self.rewards, self.terminations, self.dones = [], [], [], [], []
 
-    options = "--no-adapt-rollout --num-steps 6 --num-minibatches 2 --update-epochs 2 --adapt-interval 9 --total-timesteps 24"
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(keep)
-    try:
-        recorder, *_ = record(script, *options.split(), paint=patches())
-    finally:
-        hook.remove()
-    rollout = [observation.tobytes() for observation in np.concatenate(recorder.observations[:6])]
-    assert [len(minibatch) for minibatch in seen] == [12] * 4
-    orders = [[rollout.index(observation) for observation in a + b] for a, b in (seen[:2], seen[2:])]
-    assert all(sorted(order) == list(range(24)) for order in orders)
-    assert orders[0] != orders[1] and list(range(24)) not in orders
+    def __getattr__(self, name):
+        return getattr(self.pool, name)
 
+    def reset(self):
+        self.obs.append(self.paint(self.pool.reset()[0]))
+        return self.obs[-1], {}
 
-@pytest.mark.parametrize("script", DISTINCT)
-def test_settings_reach_what_they_set(script, record, monkeypatch):
-    """The games have the seeds of training, the time limit and the stickiness, the gradients the largest norm."""
-    clip, norms = torch.nn.utils.clip_grad_norm_, []
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: norms.append(norm) or clip(p, norm))
-    options = "--seed 7 --max-episode-steps 50 --sticky-action-probability 0.25 --episodic-life --max-grad-norm 0.125"
-    recorder, *_ = record(script, *options.split(), *"--no-adapt-rollout --num-steps 4 --total-timesteps 32".split())
-    asked = recorder.options
-    assert asked["env_seed"] == MODULES[script].env_seeds(7, 4)
-    assert (asked["max_episode_steps"], asked["repeat_action_probability"], asked["episodic_life"]) == (50, 0.25, True)
-    assert len(norms) == (4 if script == "gns_batch_atari.py" else 2) and set(norms) == {0.125}
+    def send(self, actions, env_ids=None):
+        self.actions.append(actions.copy())
+        self.pool.send(actions, env_ids)
+
+    def recv(self):
+        obs, rewards, terminated, truncated, info = self.pool.recv()
+        assert (info["env_id"] == np.arange(len(obs))).all()
+        rewards = self.points(rewards)
+        self.obs.append(self.paint(obs))
+        self.rewards.append(rewards.copy())
+        self.terminations.append(terminated | info["terminated"].astype(bool))
+        self.dones.append(self.terminations[-1] | truncated)
+        return self.obs[-1], rewards, terminated, truncated, info
 
 
-@scripts
-def test_divergence_is_what_one_iteration_changed(script, record):
-    """The logged divergence is the share of the rollout's real states whose greedy action differs before and after."""
-    options = "--env-id Pong-v5 --max-episode-steps 9 --learning-rate 3e-3 --start-e 1 --end-e 1 --no-adapt-rollout".split()
-    options += "--num-steps 30 --reference-batch-size 1000".split()
-    *_, old = record(script, *options, "--total-timesteps", 120, "--learning-rate", 1e-14)  # the network at the start
-    changes, everywhere = [], []
-    for iterations in (1, 2, 3):
-        steps = ("--adapt-interval", iterations, "--total-timesteps", 120 * iterations)
-        recorder, scalars, new = record(script, *options, *steps, paint=patches())
-        begin = 30 * (iterations - 1)
-        dones = np.array([np.zeros(4, dtype=bool), *recorder.dones])
-        real = torch.from_numpy(~dones[begin : begin + 30])
-        states = recorder.observations[begin : begin + 30]
-        changed = q_values_of(new, states).argmax(2) != q_values_of(old, states).argmax(2)
-        assert len(scalars["abs/divergence"]) == 1 and not real.all()
-        changes.append(scalars["abs/divergence"][0])
-        assert scalars["abs/divergence"][-1] == pytest.approx(float(changed[real].float().mean()), abs=1e-6)
-        everywhere.append(float(changed.float().mean()))
-        old = new
-    assert 0.02 < min(changes) and max(changes) < 0.98 and len({*changes, *everywhere}) == 6  # reset steps would show
+class Run:
+    """What went through EnvPool, tensors (steps, environments, ...), and what the run left behind."""
+
+    def __init__(self, script, recorder, run_dir, batches):
+        self.module, self.recorder, self.run_dir, self.batches = MODULES[script], recorder, run_dir, batches
+        kept = (recorder.obs, recorder.actions, recorder.rewards, recorder.terminations, recorder.dones)
+        self.obs, self.actions, self.rewards, self.terminations, self.dones = (torch.from_numpy(np.array(x)) for x in kept)
+        self.is_reset = torch.cat([torch.zeros_like(self.dones[:1]), self.dones[:-1]])
+        self.scalars = {tag: list(points.values()) for tag, points in scalars(run_dir).items()}
+        self.steps = list(scalars(run_dir)["abs/rollout_length"])
+        self.lengths = [int(length) for length in self.scalars["abs/rollout_length"]]
+        self.checkpoint = self.module.load_checkpoint(run_dir / "checkpoint.pt")
+
+    def network(self, step=None):
+        """The network at the end, or after so many agent steps."""
+        content = self.checkpoint if step is None else self.module.load_checkpoint(self.run_dir / f"checkpoint_{step}.pt")
+        network = getattr(self.module, "Agent", getattr(self.module, "QNetwork", None))(self.recorder.action_space.n)
+        network.load_state_dict(content["network"])
+        return network
+
+    def outputs(self, part=slice(None), step=None):
+        """Those of the network on recorded observations, (steps, environments, outputs)."""
+        network = self.network(step)
+        with torch.no_grad():
+            return torch.stack([network(obs) for obs in self.obs[part]])
+
+    def rollouts(self):
+        """A slice of steps for every rollout."""
+        ends = list(itertools.accumulate(self.lengths))
+        return [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
+
+    def minibatches(self, part):
+        """The places in a flattened rollout of the samples of every gradient that was computed after it."""
+        place = {observation.numpy().tobytes(): i for i, observation in enumerate(self.obs[part].flatten(0, 1))}
+        batches = [batch for steps, grad, batch in self.batches if grad and steps == part.stop]
+        return [torch.tensor([place[observation.numpy().tobytes()] for observation in batch]) for batch in batches]
 
 
-@pytest.mark.parametrize("script", DISTINCT)
-def test_reference_states_are_a_random_part_of_the_real_ones(script, record):
-    """Old and new network are compared on the same --reference-batch-size states, drawn from the rollout without putting back
-    and without reset steps; the next measurement draws anew."""
-    batches = []
+@pytest.fixture
+def record(run_here, monkeypatch, tmp_path):
+    """record(script, *arguments) runs a script in this process and returns the Run. With watch, batches holds (steps so far,
+    with gradient, observations) of every call of the network."""
 
-    def keep(module, inputs):  # only measurements look at 23 observations at once
-        if inputs[0].shape == (23, 4, 84, 84) and type(module).__name__ in ("QNetwork", "Agent"):
-            batches.append(inputs[0].numpy().copy())
+    def record(script, *arguments, paint=lambda obs: obs, points=lambda rewards: rewards, watch=False):
+        recorders, batches, make, before = [], [], envpool.make, set(tmp_path.glob("runs/*"))
 
-    options = "--env-id Assault-v5 --max-episode-steps 9 --no-adapt-rollout --num-steps 30 --adapt-interval 1".split()
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(keep)
-    try:
-        recorder, _, _ = record(script, *options, "--reference-batch-size", 23, "--total-timesteps", 240)
-    finally:
-        hook.remove()
-    assert len(batches) == 4
-    drawn = []
-    for i, (new, old) in enumerate((batches[:2], batches[2:])):
-        assert (new == old).all()
-        observations = np.stack(recorder.observations[30 * i : 30 * i + 30])
-        is_reset = np.array([np.zeros(4, dtype=bool), *recorder.dones])[30 * i : 30 * i + 30]
-        real = [state.tobytes() for state in observations[~is_reset]]  # in this game hardly two are equal
-        resets = {state.tobytes() for state in observations[is_reset]}
-        assert is_reset.any() and len(real) < 120 and not resets <= set(real)
-        states = [state.tobytes() for state in new]
-        assert not Counter(states) - Counter(real)
-        assert set(states) - set(real[:46]) and set(states) - set(real[-46:])
-        drawn.append([real.index(state) for state in states])
-    assert drawn[0] != drawn[1]
+        def keep(module, inputs):
+            if type(module).__name__ in ("QNetwork", "Agent"):
+                batches.append((len(recorders[0].dones), torch.is_grad_enabled(), inputs[0].clone()))
 
+        def recorded_make(*arguments, **options):
+            recorders.append(Recorder(make(*arguments, **options), options, paint, points))
+            return recorders[-1]
 
-@scripts
-def test_actions_are_greedy_but_for_epsilon(script, record):
-    """Without exploration every action is the greedy one, with epsilon 1 actions are uniformly random."""
-    options = "--env-id Pong-v5 --learning-rate 1e-14 --no-adapt-rollout --num-steps 50 --total-timesteps 1200".split()
-    recorder, _, q_network = record(script, *options, "--start-e", 0, "--end-e", 0)
-    greedy = q_values_of(q_network, recorder.observations[:-1]).argmax(2)
-    assert (greedy.numpy() == np.array(recorder.actions)).mean() > 0.99  # ties may break otherwise
-    recorder, _, _ = record(script, *options, "--start-e", 1, "--end-e", 1)
-    counts = np.bincount(np.array(recorder.actions).flatten(), minlength=6)
-    assert len(counts) == 6 and counts.min() > 150 and counts.max() < 250  # 200 expected, standard deviation 13
-    recorder, _, q_network = record(script, *options, "--start-e", 0.5, "--end-e", 0.5)  # drawn anew for every step and game
-    greedy = q_values_of(q_network, recorder.observations[:-1]).argmax(2)
-    explored = (greedy.numpy() != np.array(recorder.actions)).reshape(6, 50, 4)
-    for share in (explored.mean(1), explored.mean((0, 2)).reshape(10, 5).mean(1)):
-        assert 0.15 < share.min() and share.max() < 0.7  # 0.42 expected, standard deviation 0.07 and less
-    assert explored.any(2).mean() > 0.75  # 0.88 expected, 0.48 if all games explored at once
-    assert (explored[0] != explored[1]).mean() > 0.35  # 0.49 expected, 0.28 if all rollouts explored at the same steps
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(keep) if watch else None
+        with monkeypatch.context() as patch:
+            patch.setattr(envpool, "make", recorded_make)
+            result = run_here(script, *PLAIN, *arguments)
+        if hook:
+            hook.remove()
+        assert result.returncode == 0, result.stderr
+        (run_dir,) = set(tmp_path.glob("runs/*")) - before
+        return Run(script, *recorders, run_dir.rename(run_dir.with_name(f"{len(before)}")), batches)
+
+    return record
 
 
 @pytest.fixture
 def sharp_policy(monkeypatch):
     """PPO's policy starts almost uniform, which many a wrong policy is; here its first one has clear preferences."""
     orthogonal = torch.nn.init.orthogonal_
-    monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda weight, gain=1: orthogonal(weight, 10 if gain == 0.01 else gain))
+    monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda weight, gain=1: orthogonal(weight, 3 if gain == 0.01 else gain))
 
 
-@torch.no_grad()
-def policy_and_values_of(agent, observations):
-    """The policy over (steps, environments) and the values (steps, environments) of recorded observations."""
-    logits, values = zip(*(agent(torch.from_numpy(o)) for o in observations), strict=True)
-    return Categorical(logits=torch.stack(logits)), torch.stack(values)
+def q_loss(network, obs, actions, returns, advantages):
+    q_values = network(obs).gather(1, actions.unsqueeze(1)).squeeze(1)
+    loss = F.mse_loss(q_values, returns)
+    return loss, {"td_loss": loss, "q_values": q_values.mean()}
 
 
-def record_tensors(recorder):
-    """rewards, terminations, dones, actions and is_reset of a record, all (steps, environments)."""
-    names = ("rewards", "terminations", "dones", "actions")
-    rewards, terminations, dones, actions = (torch.from_numpy(np.array(getattr(recorder, name))) for name in names)
-    return rewards, terminations, dones, actions.long(), torch.cat([torch.zeros(1, 4, dtype=torch.bool), dones[:-1]])
+def ppo_loss(network, obs, actions, returns, advantages):
+    """At the policy that acted: ratios are 1 and values where they were."""
+    outputs = network(obs)
+    advantages = (advantages - advantages.mean()) / (advantages.std(unbiased=False) + 1e-8)
+    log_probs = Categorical(logits=outputs[:, :-1]).log_prob(actions)
+    rest = (actions, log_probs.detach(), advantages, returns, outputs[:, -1].detach())
+    loss, terms = written_ppo_loss(outputs, MODULES[PPO].Args(), *rest)
+    return loss, dict(zip(("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"), terms, strict=True))
 
 
-@ppo_scripts
-@pytest.mark.parametrize("minibatches", [1, 2])
-def test_ppo_losses_are_their_definition(script, minibatches, record, sharp_policy):
-    """With a learning rate too small to move the weights, ratios are 1, and every rollout's logged losses are means over its
-    real transitions: policy loss minus the advantage, value loss half its square, entropy of the policy; time limits are
-    bootstrapped, lost lives not, nothing shifted."""
-    options = "--env-id Breakout-v5 --episodic-life --max-episode-steps 45 --learning-rate 1e-14 --total-timesteps 2400"
-    lengths = "--adapt-signal time --adapt-interval 1 --rollout-smoothing 1 --rollout-length-min 5 --rollout-length-max 24"
-    settings = "--gamma", 0.9, "--gae-lambda", 0.7, "--no-norm-adv", "--num-minibatches", minibatches
-    recorder, scalars, agent = record(script, *options.split(), *lengths.split(), *settings)
-    policy, values = policy_and_values_of(agent, recorder.observations)
-    rewards, terminations, dones, _, is_reset = record_tensors(recorder)
-    assert rewards.any() and terminations.any() and (dones & ~terminations).any()
-    entropy, begin, compared = policy.entropy(), 0, 0
-    assert entropy.mean() < 0.9 * math.log(4)
-    for i, length in enumerate(map(int, scalars["abs/rollout_length"])):
-        part, shifted = slice(begin, begin + length), slice(begin + 1, begin + length + 1)
-        begin += length
-        if minibatches == 2 and is_reset[part].any():
-            continue  # samples of the minibatch with more reset steps count more
-        compared += 1
-        rollout = (rewards[part], values[part], terminations[part], dones[part], values[shifted])
-        advantages = explicit_advantages(*rollout, 0.9, 0.7)[~is_reset[part]]
-        assert scalars["losses/policy_loss"][i] == pytest.approx(-float(advantages.mean()), rel=1e-4, abs=1e-5)
-        assert scalars["losses/value_loss"][i] == pytest.approx(float(advantages.square().mean()) / 2, rel=1e-4)
-        assert scalars["losses/entropy"][i] == pytest.approx(float(entropy[part][~is_reset[part]].mean()), rel=1e-4)
-    assert begin == len(rewards) and len(set(scalars["abs/rollout_length"])) > 3 and compared > 5
-    assert max(map(abs, scalars["losses/approx_kl"])) < 1e-5 and max(scalars["losses/clipfrac"]) == 0
+@pytest.mark.parametrize("script, loss_of", [(PQN, q_loss), (PPO, ppo_loss)])
+def test_losses_are_their_definition(script, loss_of, record, sharp_policy):
+    """With a learning rate too small to move the weights, minibatches are random divisions of the rollout into parts that
+    differ by one sample at most, anew in each epoch, and logged are the means over them of loss, gradient norm and the rest,
+    each a mean over its real transitions: no reset step among them, time limits bootstrapped, lost lives not, nothing shifted.
+    Explained variance is that of the record."""
+    options = "--env-id Breakout-v5 --episodic-life --max-episode-steps 45 --learning-rate 1e-14 --total-timesteps 440"
+    options += " --adapt-signal time --adapt-interval 1 --rollout-smoothing 1 --rollout-length-min 5 --rollout-length-max 15"
+    lambda_flag = "--q-lambda" if script == PQN else "--gae-lambda"
+    options = [*options.split(), "--gamma", 0.9, lambda_flag, 0.7, "--num-minibatches", 3, "--update-epochs", 2]
+    rng = np.random.default_rng(1)
+    points = lambda rewards: rng.integers(-1, 2, len(rewards)).astype(np.float32)  # noqa: E731
+    run = record(script, *options, paint=patches(), points=points, watch=True)
+    outputs, network, compared = run.outputs(), run.network(), 0
+    values = outputs.max(2).values if script == PQN else outputs[:, :, -1]
+    assert run.terminations.any() and (run.dones & ~run.terminations).any()
+    assert len(set(run.lengths)) > 5 and sum(length % 3 > 0 for length in run.lengths) > 3
+    for i, part in enumerate(run.rollouts()):
+        rewards, *ends = run.rewards[part], run.terminations[part], run.dones[part]
+        next_values, real = values[part.start + 1 : part.stop + 1], ~run.is_reset[part]
+        returns = forward_view(rewards, *ends, next_values, 0.9, 0.7).float()
+        unexplained = np.var((returns - values[part])[real].numpy()) / np.var(returns[real].numpy())
+        assert run.scalars["losses/explained_variance"][i] == pytest.approx(1 - unexplained, rel=1e-3, abs=1e-3)
+
+        obs, minibatches = run.obs[part].flatten(0, 1), run.minibatches(part)
+        assert len(minibatches) == 6 and {len(obs) // 3, math.ceil(len(obs) / 3)} == set(map(len, minibatches))
+        orders = [torch.cat(epoch) for epoch in (minibatches[:3], minibatches[3:])]
+        assert all(torch.equal(order.sort()[0], torch.arange(len(obs))) for order in orders) and (orders[0] != orders[1]).any()
+        sums = Counter()
+        for inds in minibatches:
+            inds = inds[real.flatten()[inds]]
+            batch = (x.flatten()[inds] for x in (run.actions[part].long(), returns, returns - values[part]))
+            loss, logs = loss_of(network, obs[inds], *batch)
+            gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, network.parameters())])
+            for name, value in {**logs, "grad_norm": gradient.norm()}.items():
+                sums[name] += value.item() / 6
+        for name, value in sums.items():
+            assert run.scalars[f"losses/{name}"][i] == pytest.approx(value, rel=2e-3, abs=1e-5), name
+        compared += not real.all()
+    assert compared > 3 and part.stop == len(run.rewards)
 
 
-@ppo_scripts
-def test_kl_is_what_one_iteration_moved(script, record, sharp_policy):
-    """abs/kl is the mean KL(old || new) over the rollout's real states, abs/divergence the share of them whose most likely
-    action differs, both between the networks before and after one iteration."""
-    options = "--env-id MsPacman-v5 --max-episode-steps 5 --learning-rate 1e-4 --no-anneal-lr --no-adapt-rollout".split()
-    options += "--num-steps 30 --reference-batch-size 1000 --update-epochs 3".split()
-    *_, old = record(script, *options, "--total-timesteps", 120, "--learning-rate", 1e-14)  # the network at the start
-    distances = []
-    changes = []
-    for iterations in (1, 2, 3):
-        recorder, scalars, new = record(
-            script, *options, "--adapt-interval", iterations, "--total-timesteps", 120 * iterations
-        )
-        begin = 30 * (iterations - 1)
-        *_, is_reset = record_tensors(recorder)
-        real, states = ~is_reset[begin : begin + 30], recorder.observations[begin : begin + 30]
-        (new_policy, _), (old_policy, _) = (policy_and_values_of(agent, states) for agent in (new, old))
-        kl = float(kl_divergence(old_policy, new_policy)[real].mean())
-        changed = new_policy.logits.argmax(2) != old_policy.logits.argmax(2)
-        assert len(scalars["abs/kl"]) == len(scalars["abs/divergence"]) == 1 and not real.all()
-        changes.append(scalars["abs/divergence"][0])
-        assert scalars["abs/kl"][-1] == pytest.approx(kl, rel=3e-4, abs=1e-7)
-        assert scalars["abs/divergence"][-1] == pytest.approx(float(changed[real].float().mean()), abs=1e-6)
-        everywhere = float(kl_divergence(old_policy, new_policy).mean())
-        backward = float(kl_divergence(new_policy, old_policy)[real].mean())
-        distances.append((abs(everywhere / kl - 1), abs(backward / kl - 1)))
-        old = new
-    assert max(changes) > 0
-    assert min(map(max, zip(*distances, strict=True))) > 0.003, distances  # a wrong mean or direction would show
+MEASURED = "--max-episode-steps 9 --no-adapt-rollout --num-steps 20 --adapt-interval 1".split()
 
 
-@ppo_scripts
-def test_ppo_acts_as_its_policy(script, record, sharp_policy):
-    """Actions are samples of the policy at the state before them: as often as it says, and as likely as it expects."""
-    options = "--env-id Pong-v5 --learning-rate 1e-14 --no-adapt-rollout --num-steps 50 --total-timesteps 2000".split()
-    recorder, _, agent = record(script, *options)
-    policy, _ = policy_and_values_of(agent, recorder.observations[:-1])
-    actions, n = record_tensors(recorder)[3], 2000
-    assert actions.numel() == n and policy.entropy().mean() < 0.9 * math.log(6)
-    counts = actions.flatten().bincount(minlength=6)
-    expected, variance = policy.probs.sum((0, 1)), (policy.probs * (1 - policy.probs)).sum((0, 1))
-    assert ((counts - expected).abs() < 4 * variance.sqrt() + 1).all(), (counts, expected)
-    surprise, spread = policy.log_prob(actions) + policy.entropy(), (policy.probs * policy.logits**2).sum(2)
+@pytest.mark.parametrize("script, precision", [(PQN, "float32"), (PQN, "bfloat16"), (PPO, "float32"), (PPO, "bfloat16")])
+def test_signal_is_what_one_iteration_changed(script, precision, record, sharp_policy):
+    """abs/divergence is the share of the rollout's real states whose greedy action differs before and after the iteration, in
+    float32 whatever the precision of training, abs/kl the mean KL(old || new) over them."""
+    options = [*MEASURED, "--keep-checkpoints", "--checkpoint-interval", 1, "--precision", precision, "--learning-rate"]
+    run = record(script, *options, 3e-3 if script == PQN else 2e-4, "--total-timesteps", 320, paint=patches())
+    signals, everywhere, wrong = [], [], []
+    for i in (1, 2, 3):
+        part, real = run.rollouts()[i], ~run.is_reset[run.rollouts()[i]]
+        old, new = (run.outputs(part, step) for step in (80 * i, 80 * i + 80))
+        if script == PPO:
+            old, new = old[:, :, :-1], new[:, :, :-1]
+            kl, backward = (kl_divergence(Categorical(logits=a), Categorical(logits=b)) for a, b in ((old, new), (new, old)))
+            assert run.scalars["abs/kl"][i] == pytest.approx(float(kl[real].mean()), rel=1e-3, abs=1e-7)
+            wrong.append([float(abs(x.mean() / kl[real].mean() - 1)) for x in (kl, backward[real])])
+        changed = (new.argmax(2) != old.argmax(2)).float()
+        signals.append(run.scalars["abs/divergence"][i])
+        everywhere.append(float(changed.mean()))
+        assert signals[-1] == pytest.approx(float(changed[real].mean()), abs=1e-6) and not real.all()
+    assert script == PPO or signals != pytest.approx(everywhere, abs=1e-6)  # so reset steps would show
+    assert max(signals) > 0.02 and min(signals) < 0.98
+    assert script == PQN or min(map(max, zip(*wrong, strict=True))) > 0.003  # as would a wrong direction
+
+
+@pytest.mark.parametrize("script", [PQN, PPO])
+def test_reference_states_are_a_random_part_of_the_real_ones(script, record):
+    """Old and new network are compared on the same --reference-batch-size states, drawn from the rollout without putting back
+    and without reset steps, and drawn anew for each measurement."""
+    run = record(script, *MEASURED, "--reference-batch-size", 23, "--total-timesteps", 160, paint=patches(), watch=True)
+    batches, drawn = [batch for _, grad, batch in run.batches if not grad and len(batch) == 23], []
+    for old, new, part in zip(batches[::2], batches[1::2], run.rollouts(), strict=True):
+        real = [state.numpy().tobytes() for state in run.obs[part][~run.is_reset[part]]]
+        drawn.append([real.index(state.numpy().tobytes()) for state in new])
+        assert (old == new).all() and len(set(drawn[-1])) == 23 and len(real) < 80
+        assert min(drawn[-1]) < 30 and max(drawn[-1]) > len(real) - 30
+    assert drawn[0] != drawn[1]
+
+
+def test_actions_are_greedy_but_for_epsilon(record):
+    """Epsilon falls linearly with the steps; actions are uniformly random in its share, drawn for every step and game, and
+    greedy otherwise."""
+    options = "--no-adapt-rollout --num-steps 25 --total-timesteps 1000 --exploration-fraction 0.5 --end-e 0 --learning-rate"
+    run = record(PQN, *options.split(), 1e-14, paint=patches())
+    explored = (run.outputs(slice(-1)).argmax(2) != run.actions).view(10, 25, 4).float()
+    for i, share in enumerate(explored.mean((1, 2)).tolist()):
+        epsilon = max(0, 1 - 0.2 * i)
+        assert run.scalars["charts/epsilon"][i] == pytest.approx(epsilon, abs=1e-6)
+        assert share == pytest.approx(0.75 * epsilon, abs=0.19 * math.sqrt(epsilon))  # 4 actions, four standard deviations
+    counts = run.actions[:25].flatten().bincount(minlength=4)
+    assert len(counts) == 4 and counts.min() > 7 and counts.max() < 43  # 25 expected, standard deviation 4.3
+    assert explored[1:4].amax(2).mean() > 0.8  # 0.9 expected, 0.45 if all games explored at once
+
+
+def test_ppo_acts_as_its_policy(record, sharp_policy):
+    """Actions are samples of the policy at the state before them: as likely as it expects."""
+    run = record(
+        PPO, *"--no-adapt-rollout --num-steps 50 --total-timesteps 800 --learning-rate 1e-14".split(), paint=patches()
+    )
+    policy = Categorical(logits=run.outputs(slice(-1))[:, :, :-1])
+    assert policy.entropy().mean() < 0.95 * math.log(4)
+    surprise, spread = policy.log_prob(run.actions) + policy.entropy(), (policy.probs * policy.logits**2).sum(2)
     deviation = (spread - policy.entropy() ** 2).clamp(min=0).sum().sqrt()
     assert abs(float(surprise.sum())) < 4 * float(deviation)
 
 
-def sample_gradients(q_network, observations, actions, targets):
-    """Gradient of every sample's squared error, (samples, parameters) in float64."""
-    rows = []
-    for observation, action, target in zip(observations, actions, targets, strict=True):
-        q_network.zero_grad()
-        (q_network(observation[None])[0, action] - target).square().backward()
-        rows.append(torch.cat([p.grad.flatten() for p in q_network.parameters()]).double())
-    return torch.stack(rows)
+SHORT = "--adapt-interval 2 --divergence-window 3 --divergence-warmup 2 --rollout-smoothing 0.4 --rollout-length-min 3 "
+SHORT += "--rollout-length-max 14 --total-timesteps 440 --learning-rate 1e-3"
 
 
-@scripts
-def test_noise_scale_is_that_of_the_rollouts_minibatches(script, record):
-    """gns/noise and gns/signal are those of some division of the rollout into disjoint equal minibatches, computed from the
-    gradient of each sample; reset steps have no gradient and do not count as samples."""
-    options = "--env-id Pong-v5 --max-episode-steps 9 --learning-rate 1e-14 --start-e 1 --end-e 1 --no-adapt-rollout".split()
-    options += "--num-steps 2 --num-minibatches 2 --adapt-interval 1 --total-timesteps 48 --gamma 0.9 --q-lambda 0.7".split()
-    options += ["--log-noise-scale"] * hasattr(MODULES[script].Args, "log_noise_scale")
-    recorder, scalars, q_network = record(script, *options)
-    next_values = q_values_of(q_network, recorder.observations[1:]).max(2).values
-    rewards, terminations, dones, actions, is_reset = record_tensors(recorder)
-    assert len(scalars["gns/noise"]) == len(scalars["gns/signal"]) == 6
-    for i in range(6):
-        part = slice(2 * i, 2 * i + 2)
-        returns = forward_view(rewards[part], terminations[part], dones[part], next_values[part], 0.9, 0.7).float()
-        observations = torch.from_numpy(np.array(recorder.observations[part])).flatten(0, 1)
-        gradients = sample_gradients(q_network, observations, actions[part].flatten(), returns.flatten())
-        real = ~is_reset[part].flatten()
-        assert int(real.sum()) == (4 if i == 4 else 8)
-        products, candidates, size = gradients @ gradients.T, [], float(real.sum()) / 2  # all that the norms need
-        for first in itertools.combinations(range(8), 4):
-            half = torch.zeros(8, dtype=torch.bool)
-            half[list(first)] = True
-            a, b = (part.double() / max(1, int(part.sum())) for part in (half & real, ~half & real))
-            mean, difference = (a + b) / 2, a - b
-            noise = size * float(difference @ products @ difference) / 2
-            candidates.append((noise, float(mean @ products @ mean) - noise / (2 * size)))
-        logged = scalars["gns/noise"][i], scalars["gns/signal"][i]
-        errors = [max(abs(x - y) for x, y in zip(logged, c, strict=True)) / abs(c[0]) for c in candidates]
-        assert min(errors) < 1e-3, (logged, candidates)
-        assert sum(error < 0.01 for error in errors) <= 20  # of 70, each division twice: most are told apart
+@pytest.mark.parametrize(
+    "script, signal, flags",
+    [
+        (PQN, "divergence", ("--schedule", "log")),
+        (PQN, "divergence", ("--schedule", "exp")),
+        (PQN, "time", ()),
+        (PPO, "kl", ("--kl-min", 1e-6, "--kl-max", 0.5)),
+        (GNS, "noise-scale", ()),
+        (GNS, "divergence", ()),
+        (GNS, "time", ()),
+    ],
+)
+def test_length_follows_its_rule(script, signal, flags, record):
+    """Every second iteration measures; after two measurements the float length, never rounded in itself, goes 0.4 of the way
+    to the target of the mean of the last three. Rollouts have its rounded value. Whatever drives, all signals are logged."""
+    run = record(script, *SHORT.split(), "--adapt-signal", signal, *flags, paint=patches())
+    name, length, step, measurements, targets, changes = "abs/kl" if script == PPO else "abs/divergence", 3.0, 0, [], [], []
+    measured = {tag: iter(values) for tag, values in run.scalars.items() if tag.startswith(("abs/", "gns/"))}
+    for i, logged in enumerate(run.lengths, 1):
+        assert logged == round(length) and run.scalars["abs/batch_size"][i - 1] == 4 * logged
+        changes += [(step, logged)] if not changes or changes[-1][1] != logged else []
+        step += 4 * logged
+        if i % 2 == 0:
+            noise = [next(measured[tag]) for tag in ("gns/noise", "gns/signal")] if script == GNS else []
+            measurements.append([next(measured[name]), *noise])
+            mean, *noise = np.mean(measurements[-3:], axis=0)
+            assert next(measured[f"{name}_mean"]) == pytest.approx(mean, rel=1e-5)
+            target = length
+            if signal == "time":
+                target = 3 + 11 * step / 440
+            elif i >= 4 and signal == "noise-scale":
+                target = run.module.noise_scale_rollout_length(*noise, 4, 3, 14)
+            elif i >= 4:
+                bounds = flags[1::2] if script == PPO else (0.05, 0.95)
+                schedule = flags[1] if "--schedule" in flags else "log"
+                target = run.module.target_rollout_length(mean, 3, 14, *bounds, schedule)
+            targets.append(target)
+            length += 0.4 * (target - length)
+    assert step == run.steps[-1] and step + 4 * round(length) > 440 >= step
+    assert run.checkpoint["rollout_length"] == pytest.approx(length, rel=1e-3) and run.checkpoint["lengths"] == changes
+    assert len(changes) > 2 and len(set(targets)) > 3 and 0.01 < abs(length - round(length))
+    count = {"abs/divergence": len(measurements), "losses/explained_variance": len(run.lengths)}
+    count |= dict.fromkeys(("gns/b_simple", "gns/noise", "gns/signal"), len(measurements)) if script == GNS else {}
+    assert {tag: len(run.scalars[tag]) for tag in count} == count
+
+
+def test_replay_walks_through_anothers_lengths(record):
+    """--adapt-signal replay gives a run of any script, with another seed, the lengths of another run step by step, and its
+    last length beyond its end, whatever its own policy does."""
+    first = record(PQN, *SHORT.split(), "--adapt-signal", "time", "--total-timesteps", 240)
+    assert len(set(first.lengths)) > 2
+    for script in (PQN, GNS):
+        replay = ["--adapt-signal", "replay", "--replay", first.run_dir / "checkpoint.pt", "--seed", 2]
+        run = record(script, *SHORT.split(), *replay, "--total-timesteps", 300)
+        known = len(first.lengths)
+        assert run.lengths[:known] == first.lengths and run.steps[:known] == first.steps and len(run.lengths) > known
+        assert set(run.lengths[known:]) == {first.lengths[-1]} and run.checkpoint["lengths"] == first.checkpoint["lengths"]
+        assert not torch.equal(run.actions[:20], first.actions[:20])
+
+
+def test_settings_reach_what_they_set(record, monkeypatch):
+    """The games have the seeds of training, the time limit and the stickiness, the gradients the largest norm. With
+    --scale-epochs long rollouts get epochs in proportion to --num-steps, rounded down, short ones never fewer."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: calls.append(norm) or clip(p, norm))
+    options = "--seed 7 --max-episode-steps 50 --sticky-action-probability 0.25 --episodic-life --max-grad-norm 0.125"
+    options += " --adapt-signal time --adapt-interval 1 --rollout-smoothing 1 --rollout-length-min 2 --rollout-length-max 13"
+    options += " --total-timesteps 300 --update-epochs 2 --num-steps 4 --scale-epochs --anneal-lr"
+    run = record(PQN, *options.split())
+    asked = run.recorder.options
+    assert asked["env_seed"] == run.module.env_seeds(7, 4)
+    assert (asked["max_episode_steps"], asked["repeat_action_probability"], asked["episodic_life"]) == (50, 0.25, True)
+    epochs = [max(2, 2 * length // 4) for length in run.lengths]
+    assert calls == [0.125] * 2 * sum(epochs) and {2, 3, 4, 5} <= set(epochs)
+    rates = [2.5e-4 * (1 - (step - 4 * length) / 300) for step, length in zip(run.steps, run.lengths, strict=True)]
+    assert run.scalars["charts/learning_rate"] == pytest.approx(rates)
+    assert run.scalars["abs/minibatch_size"] == pytest.approx([2 * length for length in run.lengths])
+
+
+@pytest.mark.parametrize("script", [PPO, GNS])
+def test_runs_repeat_and_measuring_changes_nothing(script, record):
+    """On two cores, bit for bit, whether the signals are measured in every iteration or never."""
+    options = "--torch-threads 2 --no-adapt-rollout --num-steps 9 --total-timesteps 150".split()
+    weights = [record(script, *options, "--adapt-interval", k).checkpoint["network"] for k in (1, 99)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("script", [PPO, GNS])
+def test_minibatches_of_nothing_but_resets(script, record):
+    """Where a minibatch holds no transition, losses and weights stay finite."""
+    options = "--num-envs 3 --no-adapt-rollout --num-steps 2 --max-episode-steps 2 --num-minibatches 3 --adapt-interval 1"
+    run = record(script, *options.split(), "--total-timesteps", 36, paint=patches())
+    assert run.is_reset.float().mean() > 0.3
+    assert all(map(math.isfinite, run.scalars["losses/grad_norm"])) and run.checkpoint["global_step"] == 36
+    assert all(tensor.isfinite().all() for tensor in run.checkpoint["network"].values())
+
+
+def test_noise_scale_is_that_of_its_groups(record):
+    """gns/noise and gns/signal are those of the gradients of disjoint groups of samples, random minibatches or whole
+    environments; reset steps have no gradient and do not count. In data made up so that the steps of an environment are alike
+    and environments differ, the noise of whole environments is several times larger: that of a rollout."""
+    pictures, points = patches()(np.zeros((8, 4, 84, 84))), np.array([1, -1, 1, 1, -1, -1, 1, -1], dtype=np.float32)
+    options = "--num-envs 8 --no-adapt-rollout --num-steps 8 --max-episode-steps 13 --gamma 0 --start-e 0 --end-e 0".split()
+    options += "--learning-rate 1e-14 --num-minibatches 4 --adapt-interval 1 --total-timesteps 256".split()
+    noises, time = [], itertools.count()
+
+    def almost_still(obs):
+        pictures[:, 0, 0, 0] = next(time)
+        return pictures.copy()
+
+    for groups, m in (("minibatches", 4), ("environments", 8)):
+        run = record(
+            GNS, *options, "--noise-scale-groups", groups, paint=almost_still, points=lambda rewards: points, watch=True
+        )
+        network, environment = run.network(), torch.arange(64) % 8
+        for i, part in enumerate(run.rollouts()):
+            batch, real = [x[part].flatten(0, 1) for x in (run.obs, run.actions, run.rewards)], ~run.is_reset[part].flatten()
+            divided, gradients = run.minibatches(part)[:m], []
+            assert torch.equal(torch.cat(divided).sort()[0], torch.arange(64)) and {len(inds) for inds in divided} == {64 // m}
+            assert {len(environment[inds].unique()) == 1 for inds in divided} == {groups == "environments"}
+            for inds in divided:
+                loss, _ = q_loss(network, *(x[inds[real[inds]]] for x in batch), None)
+                gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, network.parameters())]).double())
+            gradients, size = torch.stack(gradients), float(real.sum()) / m
+            noise = size / (m - 1) * float((gradients - gradients.mean(0)).square().sum())
+            signal = float(gradients.mean(0).square().sum()) - noise / (m * size)
+            logged = run.scalars["gns/noise"][i], run.scalars["gns/signal"][i]
+            assert logged == pytest.approx((noise, signal), rel=1e-3, abs=1e-4 * noise)
+        assert run.is_reset.any()
+        noises.append(np.mean(run.scalars["gns/noise"]))
+    assert 4 < noises[1] / noises[0] < 20  # 9 expected
