@@ -127,7 +127,7 @@ class Args:
             close = difflib.get_close_matches(f"{game}-v5", ATARI_IDS, cutoff=0.5) or ["Breakout-v5", "Pong-v5"]
             raise ValueError(f"--env-id {self.env_id} is no Atari game of EnvPool; did you mean {' or '.join(close)}?")
         at_least = dict.fromkeys("num_envs num_minibatches update_epochs adapt_interval divergence_window".split(), 1)
-        at_least |= dict.fromkeys("num_steps rollout_length_min max_episode_steps".split(), 2)
+        at_least |= {"video_episodes": 1, "num_steps": 2, "rollout_length_min": 2, "max_episode_steps": 2}
         at_least |= dict.fromkeys("learning_rate max_grad_norm divergence_min rollout_smoothing".split(), 1e-15)
         shares = "gamma q_lambda start_e end_e exploration_fraction sticky_action_probability divergence_max rollout_smoothing"
         for name, value in vars(self).items():
@@ -470,7 +470,7 @@ def load_checkpoint(path):
 def parse_args():
     """The command line as Args, the run's folder, and its checkpoint (None for a new run), whose arguments are defaults."""
     words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    words = [f"{float(word):.0f}" if re.fullmatch(r"\d+e\d{1,2}", word) else word for word in words]  # 1e6 steps
+    words = [f"{float(word):.15g}" if re.fullmatch(r"\d+(\.\d+)?e\d", word) else word for word in words]  # 1e6 steps
     given = {option.replace("_", "-"): value for option, value in itertools.pairwise(words)}
     for option, value in given.items():
         if value.lower() in ("true", "false") and isinstance(getattr(Args, option[2:].replace("-", "_"), None), bool):
@@ -478,7 +478,7 @@ def parse_args():
     path, checkpoint, default = Path(given.get("--run-dir", ""), "checkpoint.pt"), None, tyro.MISSING_NONPROP
     if "--init-from" in given:
         words = ["--env-id", load_checkpoint(given["--init-from"])["args"]["env_id"], *words]
-    if "--run-dir" in given and path.exists():
+    if given.get("--run-dir") and path.exists():
         checkpoint = load_checkpoint(path)
         if checkpoint["args"].keys() != Args.__dataclass_fields__.keys():
             fail(f"{path} is of another script")
@@ -531,24 +531,6 @@ if __name__ == "__main__":
     source = checkpoint or (load_checkpoint(args.init_from) if args.init_from else None)
     replayed = load_checkpoint(args.replay)["lengths"] if args.adapt_rollout and args.adapt_signal == "replay" else None
 
-    # Processes, device, precision
-    device = torch.device("cuda", LOCAL_RANK) if args.device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    all_are_fast = all_reduce(int(bfloat16_is_fast(device)), dist.ReduceOp.MIN)
-    precision = checkpoint["precision"] if checkpoint else args.precision
-    if precision == "auto":
-        precision = "bfloat16" if all_are_fast else "float32"
-    cores = max(1, joblib.cpu_count() // LOCAL_WORLD_SIZE)
-    workers = Workers(device, args.torch_threads or cores)
-    if sys.platform == "linux":  # glibc keeps the memory of freed tensors for the next minibatch (M_MMAP_, M_TRIM_THRESHOLD)
-        ctypes.CDLL(None).mallopt(-3, 2**25)
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.manual_seed(args.seed)
-
     # Progress, from the start or from where the checkpoint left it
     state = {"global_step": 0, "iteration": 0, "divergences": [], "recent_returns": [], "lengths": []}
     state |= checkpoint or {"parent_step": source["global_step"] if source else 0}
@@ -559,6 +541,25 @@ if __name__ == "__main__":
     if replayed:
         length_min, length_max = min(length for _, length in replayed), max(length for _, length in replayed)
     rollout_length = state.get("rollout_length", float(length_min))  # a float, or smoothing would freeze short of its target
+
+    # Processes, device, precision
+    device = torch.device("cuda", LOCAL_RANK) if args.device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if all_reduce(global_step, dist.ReduceOp.MAX) != global_step:
+        fail("the processes found different checkpoints; the run's folder must be one that all machines see")
+    precision = state.get("precision", args.precision)
+    if precision == "auto":
+        precision = "bfloat16" if all_reduce(int(bfloat16_is_fast(device)), dist.ReduceOp.MIN) else "float32"
+    cores = max(1, joblib.cpu_count() // LOCAL_WORLD_SIZE)
+    workers = Workers(device, args.torch_threads or cores)
+    if sys.platform == "linux":  # glibc keeps the memory of freed tensors for the next minibatch (M_MMAP_, M_TRIM_THRESHOLD)
+        ctypes.CDLL(None).mallopt(-3, 2**25)
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.manual_seed(args.seed)
     rng_seed = int(np.random.SeedSequence([args.seed, RANK, global_step]).generate_state(1)[0])
     rng = torch.Generator(device).manual_seed(rng_seed)
     reference_rng = torch.Generator(device).manual_seed(rng_seed)  # its own, so that measuring changes no run
@@ -618,8 +619,7 @@ if __name__ == "__main__":
         computed_with |= {module.__name__: module.__version__ for module in (torch, envpool, np)}
         write_file(run_dir / "args.json", json.dumps(vars(args) | {"computed_with": computed_with}, indent=2).encode())
         write_file(run_dir / Path(__file__).name, Path(__file__).read_bytes())
-        # purge_step takes out what a crash left of the curves beyond the checkpoint
-        writer = SummaryWriter(str(run_dir), purge_step=global_step + 1 if checkpoint else 0)
+        writer = SummaryWriter(str(run_dir), purge_step=global_step + 1 if checkpoint else 0)  # without what lies beyond
         writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
 
     def log(scalars, step):
@@ -639,7 +639,7 @@ if __name__ == "__main__":
         content = {"args": vars(args), "network": network.state_dict(), "optimizer": optimizer.state_dict()}
         content |= {"global_step": global_step, "iteration": iteration, "rollout_length": rollout_length, "lengths": lengths}
         content |= {"divergences": list(divergences), "recent_returns": list(recent_returns), "precision": precision}
-        content |= {"parent_step": state["parent_step"], "wandb_id": wandb.run.id if args.track else None}
+        content |= {"parent_step": state["parent_step"], "wandb_id": wandb.run.id if args.track else state.get("wandb_id")}
         buffer = io.BytesIO()
         torch.save(content, buffer)
         try:
@@ -769,9 +769,8 @@ if __name__ == "__main__":
         stop = int(all_reduce(max((n for n, _ in signals), default=0), dist.ReduceOp.MAX))  # all processes stop together
         if RANK == 0:
             log(scalars, global_step)
-            status = {"return": np.mean(recent_returns or math.nan), "length": length, "divergence": "-"}
-            status |= {"divergence": divergences[-1]} if divergences else {}
-            bar.set_postfix(status, refresh=False)
+            mean_return, divergence = np.mean(recent_returns or math.nan), (divergences or "-")[-1]
+            bar.set_postfix({"return": mean_return, "length": length, "divergence": divergence}, refresh=False)
             bar.update(batch_size)
             interval, steps_since = args.checkpoint_interval, global_step - last_checkpoint_step
             if stop or (steps_since >= interval if interval else time.time() - last_checkpoint >= 300):
@@ -779,8 +778,9 @@ if __name__ == "__main__":
                 last_checkpoint, last_checkpoint_step = time.time(), global_step
 
     bar.close()
+    stop = stop or int(all_reduce(max((n for n, _ in signals), default=0), dist.ReduceOp.MAX))
     signals.append((0, 0.0))  # from here on, one ends the script at once
-    if RANK == 0 and not stop:
+    if RANK == 0:
         save_checkpoint()
     if WORLD_SIZE > 1:
         dist.barrier()  # torchrun would end the first process while it saves as soon as another has ended
