@@ -30,7 +30,6 @@ BAD_ARGUMENTS = [
     *((f"--{name} {bad}", f"--{name} {bad} must lie") for name in POSITIVE.split() for bad in ("0.0", "-1.0", "nan", "inf")),
     *((f"--{name} {bad}", f"--{name} {bad} must lie") for name in ("ent-coef", "vf-coef") for bad in ("-0.1", "inf")),
     ("--env-id Breakot-v5", "did you mean Breakout-v5"),
-    ("--env-id breakout-v5", "did you mean Breakout-v5"),
     ("--env-id ALE/Pong-v5", "did you mean Pong-v5"),
     ("--env-id PongNoFrameskip-v4", "did you mean Pong-v5"),
     ("--env-id PongDeterministic-v4", "did you mean Pong-v5"),
@@ -69,6 +68,7 @@ def has(script, arguments):
 
 
 CASES = [(script, *case) for case in BAD_ARGUMENTS for script in DISTINCT if has(script, case[0])]
+assert {case[1:] for case in CASES} == set(BAD_ARGUMENTS), "an option is mistyped"
 
 
 def plain(text):
@@ -92,11 +92,6 @@ def test_bad_arguments(script, arguments, hint, run_here, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_bad_argument_is_a_scripts():
-    """No case is left out by all scripts, as one with a mistyped option would be."""
-    assert {arguments for _, arguments, _ in CASES} == {arguments for arguments, _ in BAD_ARGUMENTS}
-
-
 def test_bad_arguments_in_a_process_of_its_own(tmp_path):
     """The same as a user sees it, including what libraries print at import or at exit."""
     command = [sys.executable, str(ROOT / PQN), "--env-id", "PongNoFrameskip-v4", "--gamma", "0.5"]
@@ -117,23 +112,16 @@ def test_devices(script, run_here, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-class Accepted(Exception):
-    """Raised where the games would be made."""
-
-
 @distinct_scripts
 def test_forms_that_are_accepted(script, run_here, tmp_path, monkeypatch):
     """Numbers of steps in powers of ten, options with = and _, switches, and the last of two that contradict each other."""
 
     def accepted(*arguments):
-        with pytest.raises(Accepted) as stop:
+        with pytest.raises(ZeroDivisionError) as stop:
             run_here(script, *arguments)
         return next(frame.frame.f_globals["args"] for frame in stop.traceback if "ATARI_IDS" in frame.frame.f_globals)
 
-    def make(*_, **options):
-        raise Accepted
-
-    monkeypatch.setattr(envpool, "make", make)
+    monkeypatch.setattr(envpool, "make", lambda *_, **options: 1 / 0)  # the command line was accepted
     monkeypatch.setenv("WORLD_SIZE", "2")  # left over from something else
     words = "--total-timesteps 1e6 --num_envs=17 --no-adapt-rollout --anneal-lr --learning-rate 1e-3 --seed 1 --seed=2"
     args = accepted(*words.split())
@@ -141,12 +129,6 @@ def test_forms_that_are_accepted(script, run_here, tmp_path, monkeypatch):
     assert (args.learning_rate, args.seed, args.env_id) == (1e-3, 2, "Breakout-v5")
     assert accepted("--total-timesteps", "2.5e6", "--max-grad-norm", "1.5e0").total_timesteps == 2_500_000
     assert list(tmp_path.iterdir()) == []
-
-
-def test_all_games_are_known():
-    """Each id of the list is one of EnvPool's."""
-    ids = MODULES[PQN].ATARI_IDS
-    assert {"Pong-v5", "Qbert-v5", "YarsRevenge-v5"} <= set(ids) <= set(envpool.list_all_envs()) and len(ids) > 57
 
 
 @scripts

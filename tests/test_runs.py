@@ -32,6 +32,7 @@ from conftest import MODULES, ROOT, SCRIPTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginEventAccumulator
 from tensorboard.util import tensor_util
+from torch.utils._pytree import tree_flatten
 from torch.utils.tensorboard import SummaryWriter
 
 PQN, PPO, GNS = DISTINCT = "pqn_abs_atari.py", "ppo_abs_atari.py", "gns_batch_atari.py"
@@ -47,19 +48,21 @@ Result = collections.namedtuple("Result", "code out err")
 
 def go(folder, script, *arguments):
     """Runs a script inside this process, in a folder, and afterwards does what the end of a process would."""
-    locks, handlers = [], {number: signal.getsignal(number) for number in SIGNALS}
+    namespaces, handlers = [], {number: signal.getsignal(number) for number in SIGNALS}
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.chdir(folder)
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        patch.setattr(filelock, "FileLock", lambda path: locks.append(filelock.UnixFileLock(path)) or locks[-1])
+        lock = filelock.UnixFileLock
+        patch.setattr(filelock, "FileLock", lambda path: namespaces.append(sys._getframe(1).f_globals) or lock(path))
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as e:
             code = e.code or 0
         finally:
-            for lock in locks:
-                lock.release()
+            for namespace in namespaces:
+                namespace["folder_lock"].release()
+                namespace.clear()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     gc.collect()
@@ -109,13 +112,8 @@ def last_step(run_dir):
 
 def same(a, b):
     """Equality of nested dicts, lists and tensors."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
+    (xs, one), (ys, other) = tree_flatten(a), tree_flatten(b)
+    return one == other and all(torch.equal(x, y) if hasattr(x, "shape") else x == y for x, y in zip(xs, ys, strict=True))
 
 
 @pytest.fixture
@@ -208,7 +206,6 @@ def test_videos(copy, tmp_path):
     assert old == ((run_dir / "eval.json").read_text(), curves(run_dir))
 
 
-# ---- Signals ----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("number", SIGNALS)
 def test_stopped_and_continued(number, tmp_path, at_step):
     """A signal ends the iteration: exit code, checkpoint, and a line on how to go on; --run-dir alone goes on to the end."""
@@ -228,42 +225,36 @@ def test_stopped_and_continued(number, tmp_path, at_step):
     assert json.loads((run_dir / "args.json").read_text())["seed"] == 3 and list((tmp_path / "runs").iterdir()) == [run_dir]
 
 
-def test_nohup(tmp_path, at_step, monkeypatch):
-    """A hangup that is ignored stays so."""
-    at_step(40, lambda: signal.raise_signal(signal.SIGHUP))
-    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        result = go(tmp_path, PQN, *SIZE, "--total-timesteps", 90, "--eval-episodes", 0)
-    finally:
-        signal.signal(signal.SIGHUP, handler)
-    assert result.code == 0 and "is finished" in result.out
-
-
-def test_a_second_signal_ends_at_once(tmp_path, at_step, monkeypatch):
-    """If it comes two seconds later or more: somebody does not want to wait."""
+def test_signals_that_do_not_end_the_iteration(tmp_path, at_step, monkeypatch):
+    """A hangup under nohup ends nothing; a second signal, two seconds later or more, ends all at once."""
     clock = time.time
 
     def twice():
         signal.raise_signal(signal.SIGTERM)
         monkeypatch.setattr(time, "time", lambda: clock() + 2.1)
         signal.raise_signal(signal.SIGINT)
-        pytest.fail("goes on")
 
-    at_step(40, twice)
-    assert go(tmp_path, PQN, *SIZE).code == 130 and not list(tmp_path.glob("runs/*/checkpoint.pt"))
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at_step(40, lambda: signal.raise_signal(signal.SIGHUP))
+    at_step(100, twice)
+    result = go(tmp_path, PQN, *SIZE, "--run-dir", "run")
+    signal.signal(signal.SIGHUP, handler)
+    assert result.code == 130 and last_step(tmp_path / "run") > 80 and not (tmp_path / "run/checkpoint.pt").exists()
 
 
 def test_a_signal_while_it_evaluates(copy, tmp_path, monkeypatch):
     """Ends at once, as an evaluation can be done again, and is by the next start."""
     run_dir, make, pools = copy(PQN), envpool.make, []
-    monkeypatch.setattr(envpool, "make", lambda *a, **k: pools.append(make(*a, **k)) or (pools[1:] and kill()) or pools[-1])
+
+    def make_pool(*arguments, **options):
+        pools.append(make(*arguments, **options))
+        if len(pools) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return pools[-1]
+
+    monkeypatch.setattr(envpool, "make", make_pool)
     (run_dir / "eval.json").unlink()
-
-    def kill():
-        signal.raise_signal(signal.SIGTERM)
-
     assert go(tmp_path, PQN, "--run-dir", run_dir).code == 143 and len(pools) == 2 and not (run_dir / "eval.json").exists()
-    monkeypatch.setattr(envpool, "make", make)
     assert "score" in go(tmp_path, PQN, "--run-dir", run_dir).out and curves(run_dir)["eval/mean"]
 
 
@@ -289,7 +280,6 @@ def test_the_terminal_is_gone(tmp_path):
     assert load(tmp_path / "run/checkpoint.pt")["global_step"] == last_step(tmp_path / "run") > 0
 
 
-# ---- Continuing -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script", DISTINCT)
 def test_nothing_but_the_games_differs(script, copy, tmp_path):
     """A finished run ends soon, and saves what it loaded: weights, optimizer, counters, window, the float length, curves."""
@@ -330,14 +320,14 @@ MAY_DIFFER = set(
 def test_arguments_that_may_differ(script, tmp_path, monkeypatch, capsys):
     """Each argument that would change the result is refused and named; where and how it runs is not asked."""
     module = MODULES[script]
-    args = vars(module.Args(num_envs=256, replay="x"))
+    args = vars(module.Args(num_envs=256, total_timesteps=10**5, replay="x"))
     others = {"env_id": "Qbert-v5", "schedule": "exp", "adapt_signal": "time", "device": "cpu", "precision": "float32"}
-    others |= {"noise_scale_groups": "environments", "run_dir": tmp_path, "exp_name": "x", "wandb_project_name": "x"}
-    others |= {"wandb_entity": "x", "replay": "y"}
+    others |= {"noise_scale_groups": "environments", "run_dir": tmp_path, "total_timesteps": 10**6}
+    others |= {"sticky_action_probability": 1, "rollout_length_max": 200}
     torch.save({"args": args, "network": {}, "optimizer": {}, "lengths": [], "global_step": 0}, tmp_path / "checkpoint.pt")
     for name, value in args.items():
         option = f"--{name.replace('_', '-')}"
-        words = [option, others.get(name, value / 2 if isinstance(value, float) and value else (value or 0) + 1)]
+        words = [option, others.get(name, value / 2 if isinstance(value, float) and value else 3)]
         if isinstance(value, bool):
             words = [option.replace("--", "--no-" if value else "--", 1)]
         monkeypatch.setattr(sys, "argv", ["script", "--run-dir", str(tmp_path), *map(str, words)])
@@ -381,7 +371,6 @@ def test_evaluated_anew(script, words, copy, tmp_path):
     assert "score" not in go(tmp_path, script, "--run-dir", run_dir).out and curves(run_dir) == after
 
 
-# ---- A run from another's checkpoint ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script", [PQN, PPO])
 def test_init_from(script, finished, tmp_path):
     """A new run, steps and schedules its own, with the network, the optimizer and, unless given, the game of another."""
@@ -422,14 +411,13 @@ def test_only_evaluate(finished, copy, tmp_path):
     assert json.loads((tmp_path / "other/eval.json").read_text()) == evaluation
 
 
-# ---- Folders, files and disks that cannot be used ---------------------------------------------------------------------------
 def refused(result, words):
     assert result.code == 2 and len(result.err.splitlines()) == 1 and not result.out
     assert re.fullmatch(f"error: .*{words}.*\n", result.err), result.err
 
 
 def test_folders_that_cannot_be_used(copy, tmp_path):
-    """Of another process or script, read-only, no folder at all: one line, and what is there stays."""
+    """Of another process or script, not to be written, no folder at all: one line, and what is there stays."""
     run_dir = copy(PQN)
     before = {path: path.stat().st_mtime_ns for path in run_dir.iterdir() if path.name != ".lock"}
     with filelock.FileLock(run_dir / ".lock"):
@@ -438,35 +426,27 @@ def test_folders_that_cannot_be_used(copy, tmp_path):
         refused(go(tmp_path, script, "--run-dir", run_dir), message)
     for place in ("/proc/run", run_dir / "args.json", run_dir / "args.json/run"):
         refused(go(tmp_path, PQN, *SIZE, "--run-dir", place), "cannot use")
-    if os.getuid():  # nothing is read-only for root
-        (run_dir / ".lock").unlink()
-        run_dir.chmod(0o555)
-        refused(go(tmp_path, PQN, "--run-dir", run_dir), "read-only")
-        run_dir.chmod(0o755)
     assert before == {path: path.stat().st_mtime_ns for path in run_dir.iterdir() if path.name != ".lock"}
 
 
 class LeavesAFile:
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return Path.touch, (self.path,)
+        return Path("it ran").touch, ()
 
 
-@pytest.mark.parametrize("kind", ["text", "empty", "tensor", "no args", "truncated", "folder", "code"])
+@pytest.mark.parametrize(
+    "content", [b"", b"no checkpoint", "truncated", torch.zeros(3), {"network": {}}, LeavesAFile()], ids=type
+)
 @pytest.mark.parametrize("option", ["--run-dir", "--init-from", "--replay"])
-def test_what_is_no_checkpoint(kind, option, finished, tmp_path):
+def test_what_is_no_checkpoint(content, option, finished, tmp_path):
     """Is named in one line, runs no code that it holds, and nothing is written beside it."""
     path = tmp_path / "checkpoint.pt"
-    content = {"tensor": torch.zeros(3), "no args": {"network": {}}, "code": LeavesAFile(tmp_path / "it ran")}
-    if kind == "folder":
-        path.mkdir()
-    elif kind in content:
-        torch.save(content[kind], path)
+    if content == "truncated":
+        content = (finished(PQN) / path.name).read_bytes()[:99999]
+    if isinstance(content, bytes):
+        path.write_bytes(content)
     else:
-        whole = (finished(PQN) / path.name).read_bytes()
-        path.write_bytes({"text": b"no checkpoint\n", "empty": b"", "truncated": whole[:99999]}[kind])
+        torch.save(content, path)
     words = ["--run-dir", tmp_path] if option == "--run-dir" else [option, path, "--adapt-signal", "replay", "--replay", path]
     refused(go(tmp_path, PQN, *words), f"cannot use {path} as a checkpoint")
     assert list(tmp_path.iterdir()) == [path]
@@ -484,7 +464,6 @@ def test_a_full_disk(tmp_path, file_size_limit):
     """Costs checkpoints, each with a warning, not the run, and leaves no half of one."""
     file_size_limit(2**20)
     result = go(tmp_path, PQN, *SIZE, "--checkpoint-interval", 100, "--run-dir", "run")
-    file_size_limit()
     assert result.code == 0 and len(result.err.splitlines()) == 2, result.err  # one on the way, one at the end
     assert all(re.match(r"warning: no checkpoint at step \d+ \(.*too large", line) for line in result.err.splitlines())
     assert not list(tmp_path.glob("run/*checkpoint*")) and curves(tmp_path / "run")["eval/mean"]
@@ -497,16 +476,11 @@ def test_a_full_disk_for_the_curves(until, tmp_path, at_step, file_size_limit):
     at_step(60, lambda: file_size_limit(max(path.stat().st_size for path in tmp_path.glob("run/events.*"))))
     at_step(until, file_size_limit)
     result = go(tmp_path, PQN, *SIZE, "--checkpoint-interval", 40, "--run-dir", "run")
-    file_size_limit()
     assert result.code == 0 and "score" in result.out and "warning: no curves at step" in result.err, result.err
     assert (tmp_path / "run/eval.json").exists()
-    if until == 120:
-        scalars = curves(tmp_path / "run", whole=False)
-        assert scalars["abs/batch_size"][0][0] == 16 and last_step(tmp_path / "run") > 160 and scalars["eval/mean"]
-        assert load(tmp_path / "run/checkpoint.pt")["global_step"] > 160
+    assert until > 200 or last_step(tmp_path / "run") == load(tmp_path / "run/checkpoint.pt")["global_step"] > 160
 
 
-# ---- kill -9 ----------------------------------------------------------------------------------------------------------------
 def die_in(function, script, path):
     """kill -9 when the file is written and not yet on the disk, or on the disk and not yet in its place."""
     setattr(os, function, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
@@ -545,7 +519,6 @@ def test_killed_at_any_moment(repeat, tmp_path):
     assert curves(run_dir) and last_step(run_dir) > step, moment
 
 
-# ---- Weights & Biases -------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def wandb(monkeypatch):
     """A stand-in that knows what its one run was sent, and goes on there."""
@@ -599,7 +572,6 @@ def test_wandb_that_cannot_be_used(fault, wandb, copy, tmp_path, monkeypatch):
     assert (tmp_path / "run/checkpoint.pt").exists()
 
 
-# ---- torchrun: two processes on the CPU -------------------------------------------------------------------------------------
 ONE_UPDATE = (
     "--env-id Pong-v5 --num-envs 8 --no-adapt-rollout --num-steps 16 --num-minibatches 1 --update-epochs 1 --adapt-interval 1 "
     "--total-timesteps 128 --max-grad-norm 1e9 --eval-episodes 0 --torch-threads 1 --env-threads 1 --device cpu"
