@@ -3,13 +3,11 @@
 import ast
 import dataclasses
 import re
-import subprocess
 import sys
 import tomllib
 
 import envpool
 import pytest
-import torch
 from conftest import MODULES, ROOT, SCRIPTS
 
 PQN, PPO, GNS = DISTINCT = "pqn_abs_atari.py", "ppo_abs_atari.py", "gns_batch_atari.py"
@@ -92,26 +90,6 @@ def test_bad_arguments(script, arguments, hint, run_here, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_arguments_in_a_process_of_its_own(tmp_path):
-    """The same as a user sees it, including what libraries print at import or at exit."""
-    command = [sys.executable, str(ROOT / PQN), "--env-id", "PongNoFrameskip-v4", "--gamma", "0.5"]
-    is_one_message(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True), "did you mean Pong-v5")
-    assert list(tmp_path.iterdir()) == []
-
-
-@distinct_scripts
-def test_devices(script, run_here, tmp_path, monkeypatch):
-    """--device cuda does not train on the CPU unasked; each process of torchrun needs a GPU and as many games as another."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    is_one_message(run_here(script, "--device", "cuda"), "finds 0 GPUs here")
-    for name, value in {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 4}.items():
-        monkeypatch.setenv(name, str(value))
-    is_one_message(run_here(script, "--num-envs", 127, "--device", "cpu"), "multiple of the 4 processes")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    is_one_message(run_here(script), "4 processes on CUDA, but PyTorch finds 2 GPUs")
-    assert list(tmp_path.iterdir()) == []
-
-
 @distinct_scripts
 def test_forms_that_are_accepted(script, run_here, tmp_path, monkeypatch):
     """Numbers of steps in powers of ten, options with = and _, switches, and the last of two that contradict each other."""
@@ -177,14 +155,3 @@ def test_script_stands_alone(script):
     names = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"wandb"}
     names |= {"tensorboard"}  # which torch.utils.tensorboard imports
     assert names == {line.partition("==")[0].replace("-", "_") for line in header["dependencies"]}
-
-
-@distinct_scripts
-def test_a_loss_that_is_not_finite(script, run_here, tmp_path):
-    """Ends the run with exit code 1 and a line that says at which step; useless weights are not saved."""
-    size = "--num-envs 4 --no-adapt-rollout --num-steps 4 --num-minibatches 2 --total-timesteps 4000 --env-id Pong-v5"
-    rate = ("--learning-rate", "1e14", "--max-grad-norm", "1e14", "--device", "cpu", "--torch-threads", 1, "--run-dir", "run")
-    result = run_here(script, *size.split(), *rate)
-    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
-    assert re.match(r"error: the loss is no longer finite at step \d+;.*learning-rate.*run", result.stderr)
-    assert (tmp_path / "run/args.json").exists() and not (tmp_path / "run/checkpoint.pt").exists()

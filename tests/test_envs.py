@@ -142,52 +142,10 @@ def test_episodic_life():
     assert lost >= 4 * 4  # five lives each
 
 
-def test_some_of_the_games_step():
-    """Games stepped alone keep their own statistics, and their observations come in the order asked for, with more threads
-    than one: the env_ids of send() and recv() are not positions."""
-    args, seeds = script.Args(env_id="Breakout-v5", max_episode_steps=10), script.env_seeds(1, 5)
-    envs, all_envs = script.AtariEnvs(args, seeds, 2), script.AtariEnvs(args, seeds, 1)
-    assert (envs.reset() == all_envs.reset()).all()
-    reports, some = [], np.array([1, 2, 4], dtype=np.int32)
-    for t in range(10):
-        envs.send(np.full(3, t % 4), some)
-        observations, *flags, games = envs.recv()
-        assert (observations == step(all_envs, np.full(5, t % 4))[0][some]).all() and {len(flag) for flag in flags} == {3}
-        reports += games
-    assert sorted((i, length) for _, length, i in reports) == [(1, 10), (2, 10), (4, 10)]
-
-
-def test_seeds():
-    """Training and evaluation never share a game's seed, nor do runs with different seeds or a run before and after it was
-    continued; all is reproducible, and seeds decide the games."""
-    runs = {(seed, ev): script.env_seeds(seed, 1000, ev) for seed in range(1, 6) for ev in (False, True)}
-    for seeds in runs.values():
-        assert len(set(seeds)) >= 999 and all(type(s) is int and 0 <= s < 2**31 for s in seeds)
-    training, evaluation = (set().union(*(runs[seed, ev] for seed in range(1, 6))) for ev in (False, True))
-    assert not training & evaluation
-    assert not set(runs[1, False]) & set(runs[2, False]) and not set(runs[1, True]) & set(runs[2, True])
-    assert not set(script.env_seeds(1, 1000, start=2048)) & {*runs[1, False], *script.env_seeds(1, 1000, start=4096)}
-    pictures = [make_envs("MsPacman-v5", 6, seed).reset() for seed in (1, 1, 2)]
-    assert (pictures[0] == pictures[1]).all() and (pictures[0] != pictures[2]).any()
-
-
 def fixed(module):
     """A network, PQN's or PPO's, that says the same whatever it sees, and prefers the third of nine actions a little."""
     outputs = torch.tensor([0, 0, 0.3] + [0.0] * (6 + hasattr(module, "Agent")))
     return lambda x, precision=None: outputs.repeat(len(x), 1)
-
-
-@pytest.mark.parametrize("module, varied, greedy", [(script, {"eval_epsilon": 0.9}, {}), (ppo, {}, {"eval_greedy": True})])
-def test_evaluation_is_varied_or_greedy(module, varied, greedy):
-    """Games of sampled or random actions differ, and repeat with the same seed; a greedy policy always acts the same."""
-
-    def play(seed, settings):
-        args = module.Args(env_id="MsPacman-v5", seed=seed, max_episode_steps=110, **settings)
-        return module.evaluate(fixed(module), args, WORKERS, 3)
-
-    random, again, other, same = play(1, varied), play(1, varied), play(2, varied), play(1, greedy)
-    assert random == again and random["returns"] != other["returns"]
-    assert random["distinct_games"] > same["distinct_games"] == 1
 
 
 class Uneven:

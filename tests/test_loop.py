@@ -218,20 +218,6 @@ def test_signal_is_what_one_iteration_changed(script, precision, record, sharp_p
     assert script == PQN or min(map(max, zip(*wrong, strict=True))) > 0.003  # as would a wrong direction
 
 
-@pytest.mark.parametrize("script", [PQN, PPO])
-def test_reference_states_are_a_random_part_of_the_real_ones(script, record):
-    """Old and new network are compared on the same --reference-batch-size states, drawn from the rollout without putting back
-    and without reset steps, and drawn anew for each measurement."""
-    run = record(script, *MEASURED, "--reference-batch-size", 23, "--total-timesteps", 160, paint=patches(), watch=True)
-    batches, drawn = [batch for _, grad, batch in run.batches if not grad and len(batch) == 23], []
-    for old, new, part in zip(batches[::2], batches[1::2], run.rollouts(), strict=True):
-        real = [state.numpy().tobytes() for state in run.obs[part][~run.is_reset[part]]]
-        drawn.append([real.index(state.numpy().tobytes()) for state in new])
-        assert (old == new).all() and len(set(drawn[-1])) == 23 and len(real) < 80
-        assert min(drawn[-1]) < 30 and max(drawn[-1]) > len(real) - 30
-    assert drawn[0] != drawn[1]
-
-
 def test_actions_are_greedy_but_for_epsilon(record):
     """Epsilon falls linearly with the steps; actions are uniformly random in its share, drawn for every step and game, and
     greedy otherwise."""
@@ -323,41 +309,12 @@ def test_replay_walks_through_anothers_lengths(record):
         assert not torch.equal(run.actions[:20], first.actions[:20])
 
 
-def test_settings_reach_what_they_set(record, monkeypatch):
-    """The games have the seeds of training, the time limit and the stickiness, the gradients the largest norm. With
-    --scale-epochs long rollouts get epochs in proportion to --num-steps, rounded down, short ones never fewer."""
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: calls.append(norm) or clip(p, norm))
-    options = "--seed 7 --max-episode-steps 50 --sticky-action-probability 0.25 --episodic-life --max-grad-norm 0.125"
-    options += " --adapt-signal time --adapt-interval 1 --rollout-smoothing 1 --rollout-length-min 2 --rollout-length-max 13"
-    options += " --total-timesteps 300 --update-epochs 2 --num-steps 4 --scale-epochs --anneal-lr"
-    run = record(PQN, *options.split())
-    asked = run.recorder.options
-    assert asked["env_seed"] == run.module.env_seeds(7, 4)
-    assert (asked["max_episode_steps"], asked["repeat_action_probability"], asked["episodic_life"]) == (50, 0.25, True)
-    epochs = [max(2, 2 * length // 4) for length in run.lengths]
-    assert calls == [0.125] * 2 * sum(epochs) and {2, 3, 4, 5} <= set(epochs)
-    rates = [2.5e-4 * (1 - (step - 4 * length) / 300) for step, length in zip(run.steps, run.lengths, strict=True)]
-    assert run.scalars["charts/learning_rate"] == pytest.approx(rates)
-    assert run.scalars["abs/minibatch_size"] == pytest.approx([2 * length for length in run.lengths])
-
-
 @pytest.mark.parametrize("script", [PPO, GNS])
 def test_runs_repeat_and_measuring_changes_nothing(script, record):
     """On two cores, bit for bit, whether the signals are measured in every iteration or never."""
     options = "--torch-threads 2 --no-adapt-rollout --num-steps 9 --total-timesteps 150".split()
     weights = [record(script, *options, "--adapt-interval", k).checkpoint["network"] for k in (1, 99)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-@pytest.mark.parametrize("script", [PPO, GNS])
-def test_minibatches_of_nothing_but_resets(script, record):
-    """Where a minibatch holds no transition, losses and weights stay finite."""
-    options = "--num-envs 3 --no-adapt-rollout --num-steps 2 --max-episode-steps 2 --num-minibatches 3 --adapt-interval 1"
-    run = record(script, *options.split(), "--total-timesteps", 36, paint=patches())
-    assert run.is_reset.float().mean() > 0.3
-    assert all(map(math.isfinite, run.scalars["losses/grad_norm"])) and run.checkpoint["global_step"] == 36
-    assert all(tensor.isfinite().all() for tensor in run.checkpoint["network"].values())
 
 
 def test_noise_scale_is_that_of_its_groups(record):

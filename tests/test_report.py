@@ -178,13 +178,3 @@ def test_variants_and_comparisons(read, tmp_path):
     assert set(tables["comparisons"].groupby(["variant", "baseline"]).groups) == wanted
     named = "epsilon 0.0 (12,", "; epsilon 0.01 (1,", "steps: 99.0 (1,", "precision: bfloat16 (1,", "0.25 (1,", "limit: 1 runs"
     assert [words for words in named if words not in text] == []
-
-
-def test_a_resumed_run_has_no_point_twice(tmp_path):
-    """Points behind the checkpoint are those of the second session."""
-    for steps, value in ((range(0, 6), 1), (range(4, 9), 2)):
-        with SummaryWriter(str(tmp_path), filename_suffix=f".{value}") as writer:
-            for step in steps:
-                writer.add_scalar("losses/td_loss", value, step)
-    steps, values = report.read_scalars(tmp_path)["losses/td_loss"]
-    assert steps.tolist() == list(range(9)) and values.tolist() == [1] * 4 + [2] * 5
