@@ -489,7 +489,7 @@ class ProgressBar(tqdm):
     """A bar on a terminal, elsewhere a plain line every 30 seconds."""
 
     def __init__(self, **options):
-        super().__init__(file=sys.stdout, mininterval=0.5 if sys.stdout.isatty() else 30, **options)
+        super().__init__(file=sys.stdout, miniters=1, mininterval=0.5 if sys.stdout.isatty() else 30, **options)
 
     @staticmethod
     def status_printer(file):
