@@ -89,8 +89,7 @@ def test_whole_games_replayed_in_ale(game, rom, games):
 
 @pytest.mark.parametrize("game, seen", [("MsPacman-v5", {0.0, 1.0}), ("Pong-v5", {0.0, -1.0})])
 def test_time_limit_and_clipped_rewards(game, seen):
-    """A time limit truncates and never terminates; the step after it is the reset; score and length start anew. Learning sees
-    rewards of -1, 0 or 1, scores are the points of the game."""
+    """A time limit truncates and never terminates; the step after it is the reset; score and length start anew."""
     envs, raw = make_envs(game, 2, max_episode_steps=100), raw_envs(game, 2, max_episode_steps=100)
     assert envs.reset().shape == (2, 4, 84, 84) and (envs.done == 0).all() and raw.reset()
     rng, score, scores, clipped = np.random.default_rng(0), np.zeros(2), [], set()
@@ -149,8 +148,7 @@ def fixed(module):
 
 
 class Uneven:
-    """Behind EnvPool's interface, games of 1, 2, 3, ... steps, one length and score per environment, whose picture tells which
-    action, a number of its own, is right; another one fails the test."""
+    """Behind EnvPool's interface, games of 1, 2, 3, ..."""
 
     def __init__(self, num_envs):
         self.action_space, self.length, self.step = SimpleNamespace(n=4), np.arange(1, num_envs + 1), np.zeros(num_envs, int)

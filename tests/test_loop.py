@@ -23,15 +23,13 @@ PLAIN = (
 
 
 def patches():
-    """For `paint`: every observation another pattern of 7 x 7 patches, in the same order each time. An untrained network takes
-    all states of a game for nearly the same and prefers one action in all of them; between these it tells."""
+    """For `paint`: every observation another pattern of 7 x 7 patches, in the same order each time."""
     rng = np.random.default_rng(0)
     return lambda obs: rng.integers(0, 256, (*obs.shape[:2], 7, 7), dtype=np.uint8).repeat(12, 2).repeat(12, 3)
 
 
 class Recorder:
-    """An EnvPool that keeps what goes in and out of it. `paint` makes the pictures that the script sees of those of the game,
-    `points` its rewards."""
+    """An EnvPool that keeps what goes in and out of it."""
 
     def __init__(self, pool, options, paint, points):
         self.pool, self.options, self.paint, self.points = pool, options, paint, points
@@ -99,8 +97,7 @@ class Run:
 
 @pytest.fixture
 def record(run_here, monkeypatch, tmp_path):
-    """record(script, *arguments) runs a script in this process and returns the Run. With watch, batches holds (steps so far,
-    with gradient, observations) of every call of the network."""
+    """record(script, *arguments) runs a script in this process and returns the Run."""
 
     def record(script, *arguments, paint=lambda obs: obs, points=lambda rewards: rewards, watch=False):
         recorders, batches, make, before = [], [], envpool.make, set(tmp_path.glob("runs/*"))

@@ -47,8 +47,7 @@ Result = collections.namedtuple("Result", "code out err")
 
 def go(folder, script, *arguments):
     """Runs a script inside this process, in a folder, and afterwards does what the end of a process would."""
-    namespaces, handlers = [], {number: signal.getsignal(number) for number in SIGNALS}
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    namespaces, out, err, code = [], io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.chdir(folder)
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -62,8 +61,6 @@ def go(folder, script, *arguments):
             for namespace in namespaces:
                 namespace["folder_lock"].release()
                 namespace.clear()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     gc.collect()
     return Result(code, out.getvalue(), err.getvalue())
 
@@ -106,13 +103,23 @@ def curves(run_dir, whole=True):
 
 
 def last_step(run_dir):
-    return curves(run_dir, whole=False).get("abs/batch_size", [(0, 0)])[-1][0]
+    events = EventAccumulator(str(run_dir)).Reload()  # one loader, as the run may go on meanwhile
+    return events.Scalars("abs/batch_size")[-1].step if "abs/batch_size" in events.Tags()["scalars"] else 0
 
 
 def same(a, b):
     """Equality of nested dicts, lists and tensors."""
     (xs, one), (ys, other) = tree_flatten(a), tree_flatten(b)
     return one == other and all(torch.equal(x, y) if hasattr(x, "shape") else x == y for x, y in zip(xs, ys, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def signals_arrive():
+    """Though the tests themselves may run under nohup or in the background."""
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -209,11 +216,10 @@ def test_signals_that_do_not_end_the_iteration(tmp_path, at_step, monkeypatch):
         monkeypatch.setattr(time, "time", lambda: clock() + 2.1)
         signal.raise_signal(signal.SIGINT)
 
-    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     at_step(40, lambda: signal.raise_signal(signal.SIGHUP))
     at_step(100, twice)
     result = go(tmp_path, PQN, *SIZE, "--run-dir", "run")
-    signal.signal(signal.SIGHUP, handler)
     assert result.code == 130 and last_step(tmp_path / "run") > 80 and not (tmp_path / "run/checkpoint.pt").exists()
 
 
@@ -298,7 +304,7 @@ def test_arguments_that_may_differ(script, tmp_path, monkeypatch, capsys):
     args = vars(module.Args(num_envs=256, total_timesteps=10**5, replay="x"))
     others = {"env_id": "Qbert-v5", "schedule": "exp", "adapt_signal": "time", "device": "cpu", "precision": "float32"}
     others |= {"noise_scale_groups": "environments", "run_dir": tmp_path, "total_timesteps": 10**6}
-    others |= {"sticky_action_probability": 1, "rollout_length_max": 200}
+    others |= {"sticky_action_probability": 1, "rollout_length_max": 200, "eval_epsilon": 0.5}
     torch.save({"args": args, "network": {}, "optimizer": {}, "lengths": [], "global_step": 0}, tmp_path / "checkpoint.pt")
     for name, value in args.items():
         option = f"--{name.replace('_', '-')}"
