@@ -202,8 +202,7 @@ def test_evaluation(module, episodes, monkeypatch):
 
 @two_scripts
 def test_video(module, tmp_path):
-    """One mp4 for each game, as many pictures as it has steps, in colour and the game's own size, and the scores that the
-    same games have without a video."""
+    """One mp4 for each game, a picture a step, in the game's own size, and the same scores."""
     args = module.Args(env_id="MsPacman-v5", max_episode_steps=30)
     recorded, plain = (module.evaluate(fixed(module), args, WORKERS, 2, folder) for folder in (tmp_path / "v", None))
     assert recorded == plain and len(list((tmp_path / "v").glob("*.mp4"))) == 2

@@ -38,8 +38,7 @@ def forward_view(rewards, terminations, dones, next_values, gamma, q_lambda):
 
 
 def random_rollouts():
-    """Rewards, terminations, dones and next values of random rollouts of many shapes: episodes end, are cut off by a time
-    limit, about half of them, or outlive the rollout."""
+    """Rewards, terminations, dones and next values of random rollouts, whose episodes end, are cut off or outlive them."""
     generator = torch.Generator().manual_seed(0)
     for shape in [(1, 1), (1, 5), (2, 3), (7, 4), (16, 8), (33, 3)]:
         for end_share in (0.0, 0.15, 0.6, 1.0):

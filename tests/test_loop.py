@@ -193,8 +193,7 @@ MEASURED = "--max-episode-steps 9 --no-adapt-rollout --num-steps 20 --adapt-inte
 
 @pytest.mark.parametrize("script, precision", [(PQN, "float32"), (PQN, "bfloat16"), (PPO, "float32"), (PPO, "bfloat16")])
 def test_signal_is_what_one_iteration_changed(script, precision, record, sharp_policy):
-    """abs/divergence is the share of the rollout's real states whose greedy action differs before and after the iteration, in
-    float32 whatever the precision of training, abs/kl the mean KL(old || new) over them."""
+    """abs/divergence is the share of real states whose greedy action differs, in float32; abs/kl the mean KL over them."""
     options = [*MEASURED, "--keep-checkpoints", "--checkpoint-interval", 1, "--precision", precision, "--learning-rate"]
     run = record(script, *options, 3e-3 if script == PQN else 2e-4, "--total-timesteps", 320, paint=patches())
     signals, everywhere, wrong = [], [], []
@@ -216,8 +215,7 @@ def test_signal_is_what_one_iteration_changed(script, precision, record, sharp_p
 
 
 def test_actions_are_greedy_but_for_epsilon(record):
-    """Epsilon falls linearly with the steps; actions are uniformly random in its share, drawn for every step and game, and
-    greedy otherwise."""
+    """Epsilon falls linearly; actions are random in its share, drawn for every step and game, and greedy otherwise."""
     options = "--no-adapt-rollout --num-steps 25 --total-timesteps 1000 --exploration-fraction 0.5 --end-e 0 --learning-rate"
     run = record(PQN, *options.split(), 1e-14, paint=patches())
     explored = (run.outputs(slice(-1)).argmax(2) != run.actions).view(10, 25, 4).float()
@@ -293,8 +291,7 @@ def test_length_follows_its_rule(script, signal, flags, record):
 
 
 def test_replay_walks_through_anothers_lengths(record):
-    """--adapt-signal replay gives a run of any script, with another seed, the lengths of another run step by step, and its
-    last length beyond its end, whatever its own policy does."""
+    """--adapt-signal replay gives a run of any script the lengths of another, and its last one beyond its end."""
     first = record(PQN, *SHORT.split(), "--adapt-signal", "time", "--total-timesteps", 240)
     assert len(set(first.lengths)) > 2
     for script in (PQN, GNS):
@@ -348,3 +345,10 @@ def test_noise_scale_is_that_of_its_groups(record):
         assert run.is_reset.any()
         noises.append(np.mean(run.scalars["gns/noise"]))
     assert 4 < noises[1] / noises[0] < 20  # 9 expected
+
+
+def test_scaled_epochs_are_rounded_down(record):
+    """As in the public code: 2 * 7 / 4 epochs are 3, of 2 minibatches each."""
+    words = "--scale-epochs --rollout-length-min 7 --rollout-length-max 7 --num-steps 4 --update-epochs 2 --num-minibatches 2"
+    run = record(PQN, *words.split(), "--total-timesteps", 28)
+    assert run.checkpoint["optimizer"]["state"][0]["step"] == 6

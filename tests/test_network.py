@@ -38,8 +38,7 @@ def flat_gradient(network):
 
 @all_scripts
 def test_parameters_and_outputs(script):
-    """The published architecture to the last bias; finite float32 outputs for bytes, each sample's its own: no dropout, no
-    batch norm, or parts of a minibatch would not add up."""
+    """The published architecture; finite float32 outputs for bytes, each sample's its own."""
     network, obs = network_of(script), frames(9)
     count = sum(p.numel() for p in network.parameters())
     assert count == PARAMETERS[f"{script.__name__}.py"]
@@ -92,8 +91,7 @@ def test_outputs_written_out(script):
 
 @large_scripts
 def test_the_residual_stream(script):
-    """In bfloat16 the blocks compute in bfloat16 and their sum does not, or what ten blocks add would be rounded away; at
-    initialisation no block's gradient is ten times another's."""
+    """The sum over the blocks is float32; at the start no block's gradient is ten times another's."""
     network = network_of(script, precision=torch.bfloat16)
     (mlp,) = layers(network, script.MultiSkipMLP)
     streams, products = [], []
