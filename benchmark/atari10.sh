@@ -62,8 +62,7 @@ for seed in $seeds; do
                 [[ $variant != "max-$longest" || " $variants " != *" adaptive "* ]] || continue # which adaptive is already
                 case $variant in
                 *fixed) own=" --no-adapt-rollout --num-steps 32" ;;
-                longest) own=" --no-adapt-rollout --num-steps $longest" ;;
-                *longest) own=" --rollout-length-min $longest --rollout-length-max $longest" ;; # epochs go by --num-steps, 32
+                *longest) own=" --rollout-length-min $longest --rollout-length-max $longest" ;; # so --scale-epochs counts from 32
                 shortest) own=" --no-adapt-rollout --num-steps 16" ;;
                 max-*) own=" --rollout-length-max ${variant#max-}" ;;
                 time) own=" --adapt-signal time" ;;
