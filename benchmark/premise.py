@@ -36,10 +36,11 @@ load_script = cache(runpy.run_path)
 class Player:
     """A run's script and network as of its checkpoint, with games that it has never seen."""
 
-    def __init__(self, run, num_envs=None):
+    def __init__(self, run, num_envs=None, max_episode_steps=None):
         self.script = load_script(str(next(run.glob("*.py"))))
         self.checkpoint = self.script["load_checkpoint"](run / "checkpoint.pt")
         self.args = self.script["Args"](**self.checkpoint["args"])
+        self.args.max_episode_steps = max_episode_steps or self.args.max_episode_steps
         self.workers = self.script["Workers"](torch.device("cpu"), joblib.cpu_count())
         seeds = self.script["env_seeds"](self.args.seed, num_envs or self.args.num_envs, evaluation=True)
         self.envs = self.script["AtariEnvs"](self.args, seeds, joblib.cpu_count())
@@ -63,8 +64,9 @@ class Player:
 
 
 def held_out_td_errors(parent, branches, games=32):
-    """(mean squared TD error of the parent and of each branch, number of transitions) in games that the parent plays."""
-    player = Player(parent, games)
+    """(mean squared TD error of the parent and of each branch, number of transitions) in games that the parent plays, at most
+    2,000 steps each."""
+    player = Player(parent, games, max_episode_steps=2000)
     networks = [player.network, *map(player.load_network, branches)]
     active, errors = np.arange(games, dtype=np.int32), []
     q_values = player.q_values(networks, player.envs.reset())
