@@ -36,11 +36,11 @@ load_script = cache(runpy.run_path)
 class Player:
     """A run's script and network as of its checkpoint, with games that it has never seen."""
 
-    def __init__(self, run, num_envs=None, max_episode_steps=None):
+    def __init__(self, run, num_envs=None, max_episode_steps=10**9):
         self.script = load_script(str(next(run.glob("*.py"))))
         self.checkpoint = self.script["load_checkpoint"](run / "checkpoint.pt")
         self.args = self.script["Args"](**self.checkpoint["args"])
-        self.args.max_episode_steps = max_episode_steps or self.args.max_episode_steps
+        self.args.max_episode_steps = min(self.args.max_episode_steps, max_episode_steps)
         self.workers = self.script["Workers"](torch.device("cpu"), joblib.cpu_count())
         seeds = self.script["env_seeds"](self.args.seed, num_envs or self.args.num_envs, evaluation=True)
         self.envs = self.script["AtariEnvs"](self.args, seeds, joblib.cpu_count())

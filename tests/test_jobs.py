@@ -13,15 +13,16 @@ import pytest
 from conftest import ROOT
 
 TEN = list(pd.read_csv(ROOT / "benchmark" / "atari57_scores.csv").dropna().env_id)
-LIST, SLURM = (str(ROOT / "benchmark" / name) for name in ("atari10.sh", "slurm_array.sh"))
+SLURM = str(ROOT / "benchmark" / "slurm_array.sh")
 PQN, L, XL, PPO, GNS = (f"{name}_atari.py" for name in ("pqn_abs", "pqn_l_abs", "pqn_xl_abs", "ppo_abs", "gns_batch"))
 
 
-def job_list(*options, code=0):
-    """The lines that atari10.sh prints, or its errors where it must fail."""
-    result = subprocess.run(["bash", LIST, *map(str, options)], capture_output=True, text=True, timeout=60, cwd="/")
-    assert result.returncode == code and not (result.stderr if code == 0 else result.stdout)
-    return (result.stdout if code == 0 else result.stderr).splitlines()
+def job_list(*options, script="atari10.sh"):
+    """The lines that a script of benchmark/ prints."""
+    command = ["bash", str(ROOT / "benchmark" / script), *map(str, options)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd="/")
+    assert result.returncode == 0 and not result.stderr
+    return result.stdout.splitlines()
 
 
 def parse(line):
