@@ -1,14 +1,18 @@
 """What the tests share. A new script joins the suite by its name in SCRIPTS."""
 
+import contextlib
 import gc
 import importlib
+import io
 import os
 import runpy
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -38,32 +42,35 @@ def scalars(run_dir):
 
 
 class Result(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
+    code: int
+    out: str
+    err: str
 
 
-@pytest.fixture
-def run_here(tmp_path, monkeypatch, capsys):
-    """run_here(script, *arguments) runs a script inside this process, in an empty folder, and returns a Result."""
-
-    def run(script, *arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        capsys.readouterr()
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # or what earlier runs compiled would count towards its limit for this one
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        handlers, streams, code = [signal.getsignal(number) for number in numbers], (sys.stdout, sys.stderr), 0
+def go(folder, script, *arguments):
+    """Runs a script inside this process, in a folder, and afterwards does what the end of a process would."""
+    namespaces, out, err, code = [], io.StringIO(), io.StringIO(), 0
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    handlers, lock = [signal.getsignal(number) for number in numbers], filelock.UnixFileLock
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        patch.setattr(filelock, "FileLock", lambda path: namespaces.append(sys._getframe(1).f_globals) or lock(path))
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as e:
             code = e.code or 0
         finally:
-            sys.stdout, sys.stderr = streams
             for number, handler in zip(numbers, handlers, strict=True):
                 signal.signal(number, handler)
-            gc.collect()  # the lock of its run folder, and its threads
-        return Result(code, *capsys.readouterr())
+            for namespace in namespaces:
+                namespace["folder_lock"].release()
+                namespace.clear()
+    gc.collect()  # its threads
+    return Result(code, out.getvalue(), err.getvalue())
 
-    return run
+
+@pytest.fixture
+def run_here(tmp_path):
+    """run_here(script, *arguments) runs a script inside this process, in an empty folder, and returns a Result."""
+    return partial(go, tmp_path)

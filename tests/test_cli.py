@@ -8,9 +8,9 @@ import tomllib
 
 import envpool
 import pytest
-from conftest import MODULES, ROOT, SCRIPTS
+from conftest import DISTINCT, MODULES, ROOT, SCRIPTS
 
-PQN, PPO, GNS = DISTINCT = "pqn_abs_atari.py", "ppo_abs_atari.py", "gns_batch_atari.py"
+PQN, PPO, GNS = DISTINCT
 scripts = pytest.mark.parametrize("script", SCRIPTS)
 distinct_scripts = pytest.mark.parametrize("script", DISTINCT)
 LOWEST = {
@@ -76,8 +76,8 @@ def plain(text):
 
 def is_one_message(result, hint):
     """One line, or one box of tyro's, and not a traceback."""
-    text, lines = plain(result.stderr), result.stderr.splitlines()
-    assert result.returncode == 2 and hint in text and not result.stdout, (result.stdout, result.stderr)
+    text, lines = plain(result.err), result.err.splitlines()
+    assert result.code == 2 and hint in text and not result.out, (result.out, result.err)
     assert text.startswith("error: ") and len(lines) == 1 or text.count("For full helptext") == 1 and len(lines) < 20
     assert "Traceback" not in text
 
@@ -113,8 +113,8 @@ def test_forms_that_are_accepted(script, run_here, tmp_path, monkeypatch):
 def test_help(script, run_here):
     """--help shows each option with its sentence, the comment at or above its line, and no heading of a group before it."""
     result, lines = run_here(script, "--help"), (ROOT / script).read_text().splitlines()
-    assert result.returncode == 0 and not result.stderr
-    text = plain(result.stdout).partition("show this help message and exit")[2]
+    assert result.code == 0 and not result.err
+    text = plain(result.out).partition("show this help message and exit")[2]
     (args,) = (node for node in ast.parse("\n".join(lines)).body if isinstance(node, ast.ClassDef) and node.name == "Args")
     fields = [node for node in args.body if isinstance(node, ast.AnnAssign)]
     assert len(fields) == len(dataclasses.fields(MODULES[script].Args)) > 40
@@ -136,10 +136,10 @@ def test_progress_without_a_terminal(run_here, monkeypatch):
     monkeypatch.setattr("tqdm.std.time", lambda: next(seconds))  # which is asked once an iteration
     size = "--num-envs 4 --no-adapt-rollout --num-steps 4 --num-minibatches 2 --total-timesteps 256 --eval-episodes 0"
     result = run_here(PQN, *size.split(), "--env-id", "Pong-v5", "--device", "cpu", "--torch-threads", 1)
-    assert result.returncode == 0 and "\r" not in result.stdout and not result.stderr
-    bars = [line for line in result.stdout.splitlines() if "%|" in line]
-    assert 3 <= len(bars) <= 8 and all("return=" in line and "length=4" in line for line in bars[1:]), result.stdout
-    assert "Pong-v5 on cpu" in result.stdout.splitlines()[0] and result.stdout.endswith("is finished\n")
+    assert result.code == 0 and "\r" not in result.out and not result.err
+    bars = [line for line in result.out.splitlines() if "%|" in line]
+    assert 3 <= len(bars) <= 8 and all("return=" in line and "length=4" in line for line in bars[1:]), result.out
+    assert "Pong-v5 on cpu" in result.out.splitlines()[0] and result.out.endswith("is finished\n")
 
 
 @scripts

@@ -65,7 +65,7 @@ def test_lamps_are_learned(script, flags, run_here, monkeypatch, tmp_path):
     """Soon the script plays the made-up game almost perfectly, and knows what a coming reward is worth."""
     monkeypatch.setattr(envpool, "make", lambda *arguments, num_envs, **options: Lamps(num_envs))
     result = run_here(script, *LAMPS, *flags)
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.err
     scores = list(scalars(tmp_path / "lamps")["charts/episodic_return"].values())
     module = MODULES[script]
     network = module.Agent(3) if hasattr(module, "Agent") else module.QNetwork(3)
@@ -104,7 +104,7 @@ def test_values_of_a_real_game_are_learned(run_here, tmp_path):
     flags = "--env-id UpNDown-v5 --max-episode-steps 200 --total-timesteps 50000 --num-envs 32 --rollout-length-min 8 "
     flags += "--rollout-length-max 16 --adapt-interval 10 --gamma 0.9 --exploration-fraction 0.5 --end-e 0.2 --anneal-lr "
     result = run_here("pqn_abs_atari.py", *flags.split(), *"--learning-rate 1e-3 --eval-episodes 0 --run-dir game".split())
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.err
     module = MODULES["pqn_abs_atari.py"]
     torch.manual_seed(0)
     network = module.QNetwork(6)

@@ -116,7 +116,7 @@ def record(run_here, monkeypatch, tmp_path):
             result = run_here(script, *PLAIN, *arguments)
         if hook:
             hook.remove()
-        assert result.returncode == 0, result.stderr
+        assert result.code == 0, result.err
         (run_dir,) = set(tmp_path.glob("runs/*")) - before
         return Run(script, *recorders, run_dir.rename(run_dir.with_name(f"{len(before)}")), batches)
 

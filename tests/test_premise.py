@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, go
 from test_jobs import job_list, parse
-from test_runs import PQN, SIZE, go
+from test_runs import PQN, SIZE
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import premise  # noqa: E402

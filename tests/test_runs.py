@@ -1,9 +1,5 @@
 """Long runs: stopped anywhere, a run goes on as if it had not been, and says what it did."""
 
-import collections
-import contextlib
-import gc
-import io
 import itertools
 import json
 import multiprocessing
@@ -12,7 +8,6 @@ import pty
 import random
 import re
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -27,14 +22,14 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import MODULES, ROOT, SCRIPTS
+from conftest import DISTINCT, MODULES, ROOT, SCRIPTS, go
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginEventAccumulator
 from tensorboard.util import tensor_util
 from torch.utils._pytree import tree_flatten
 from torch.utils.tensorboard import SummaryWriter
 
-PQN, PPO, GNS = DISTINCT = "pqn_abs_atari.py", "ppo_abs_atari.py", "gns_batch_atari.py"
+PQN, PPO, GNS = DISTINCT
 SIZE = (
     "--env-id Pong-v5 --num-envs 4 --rollout-length-min 4 --rollout-length-max 8 --num-minibatches 2 --adapt-interval 2 "
     "--adapt-signal time --rollout-smoothing 0.4 --max-episode-steps 24 --eval-episodes 2 --torch-threads 1 --env-threads 1 "
@@ -42,27 +37,6 @@ SIZE = (
 ).split()
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
-Result = collections.namedtuple("Result", "code out err")
-
-
-def go(folder, script, *arguments):
-    """Runs a script inside this process, in a folder, and afterwards does what the end of a process would."""
-    namespaces, out, err, code = [], io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        lock = filelock.UnixFileLock
-        patch.setattr(filelock, "FileLock", lambda path: namespaces.append(sys._getframe(1).f_globals) or lock(path))
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as e:
-            code = e.code or 0
-        finally:
-            for namespace in namespaces:
-                namespace["folder_lock"].release()
-                namespace.clear()
-    gc.collect()
-    return Result(code, out.getvalue(), err.getvalue())
 
 
 def start(*command, cwd):
