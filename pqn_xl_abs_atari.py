@@ -348,9 +348,8 @@ def td_loss(network, batch, inds):
 
 # ---- Acting and learning, in parts that run side by side on a CPU's cores ------------------------------------------------
 class Workers:
-    """Maps a function over parts of a batch: on a CPU one Python thread per core, each with one thread of PyTorch, on CUDA the
-    whole batch at once. Threads that share every operation would wait for each other at every operation, and a core that is
-    busy with other work would hold up the rest; parts of their own meet once per minibatch."""
+    """Maps a function over parts of a batch: on CUDA the whole batch at once, on a CPU one Python thread per core, with one
+    thread of PyTorch each. They meet once per minibatch, not at every operation, where a busy core would hold up the rest."""
 
     def __init__(self, device, cores):
         self.device, self.cores = device, cores
@@ -391,9 +390,8 @@ class Workers:
 def evaluate(network, args, workers, episodes, video_folder=None):
     """Plays full games with the epsilon-greedy policy and returns a dict of statistics of their raw scores.
 
-    Up to 128 games run in parallel. Each environment plays exactly its share of the games, because the first games to finish
-    would be the short ones. Lengths are agent steps. Emulator seeds are never those of a training run. With video_folder, the
-    games are recorded there in colour, frame by frame.
+    Each of up to 128 environments plays exactly its share of the games, because the first to finish would be the short ones.
+    Lengths are agent steps, emulator seeds never those of a training run. With video_folder, games are recorded, in colour.
     """
     num_envs = min(episodes, 128)
     seeds, num_threads = env_seeds(args.seed, num_envs, evaluation=True), args.env_threads or workers.cores
@@ -662,9 +660,8 @@ if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, on_signal)
-    num_parameters, batches = sum(p.numel() for p in parameters), [args.num_envs * n for n in (length_min, length_max)]
-    print(f"{args.env_id} on {device.type} ({precision}, {workers.cores} threads, {WORLD_SIZE} processes), {num_parameters:,}")
-    print(f"parameters, batches of {batches[0]:,} to {batches[1]:,} samples, from step {global_step:,}: {run_dir}", flush=True)
+    about = f"{args.env_id} on {device.type} ({precision}, {workers.cores} threads, {WORLD_SIZE} processes)"
+    print(f"{about}, rollouts of {length_min} to {length_max}, from step {global_step:,}: {run_dir}", flush=True)
     bar = ProgressBar(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True)
     last_checkpoint, last_checkpoint_step, stop = time.time(), global_step, 0
     obs[0] = torch.from_numpy(np.concatenate([envs.reset() for envs in pools]))
@@ -689,6 +686,7 @@ if __name__ == "__main__":
         explore = torch.rand((length, num_envs), generator=rng, device=device) < epsilon
         random_actions = torch.randint(num_actions, (length, num_envs), generator=rng, device=device)
         emulation_time, start = 0.0, time.time()
+        torch.autocast_increment_nesting()  # keeps the weights' casts, which do not change until the update
         for t, (envs, group) in itertools.product(range(length + 1), zip(pools, groups, strict=True)):
             if t > 0:
                 step, wait_start = global_step + args.num_envs * t, time.time()
@@ -706,6 +704,8 @@ if __name__ == "__main__":
             if t < length:  # the last pass only takes the values to bootstrap from
                 actions[t, group] = torch.where(explore[t, group], random_actions[t, group], greedy_actions)
                 envs.send(actions[t, group].cpu().numpy())
+        torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
         rollout_time = time.time() - start
         global_step += batch_size
 

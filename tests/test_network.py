@@ -1,5 +1,6 @@
 """The networks written out by hand, their losses, and the gradient that Workers assemble from parts of a minibatch."""
 
+import contextlib
 from functools import partial
 
 import pytest
@@ -196,3 +197,20 @@ def test_ppos_loss_and_gradient(script, variant):
     torch.testing.assert_close(logs.double(), terms, rtol=1e-4, atol=1e-5)
     gradients = (torch.cat([g.flatten() for g in torch.autograd.grad(y, network.parameters())]) for y in (loss, expected))
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+@all_scripts
+def test_no_tensor_is_left_on_the_cpu(script, monkeypatch):
+    """Acting and one update on another device, meta, on which nothing is computed and where a tensor of the CPU fails."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **options: contextlib.nullcontext())  # which meta does not have
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    meta = torch.device("meta")
+    _, batch, *_ = minibatch(script)
+    batch, network, workers = [x.to(meta) for x in batch], network_of(script).to(meta), script.Workers(meta, 1)
+    parameters = list(network.parameters())
+    loss_of = (
+        partial(script.ppo_loss, network, script.Args()) if hasattr(script, "Agent") else partial(script.td_loss, network)
+    )
+    logs = workers.gradient(partial(loss_of, batch), parameters, torch.randperm(50, device=meta)[:41])
+    torch.optim.RAdam(parameters, foreach=True).step()
+    assert {workers.forward(network, batch[0]).device, logs.device, *(p.grad.device for p in parameters)} == {meta}
