@@ -12,7 +12,7 @@ Folders are read as by report.py; written are scaling.md, scaling.png and tables
 * Compute, in forward passes a step: 1 + 1/L (acting) + 3 e (learning) + 2 M / (K E L) (measuring M states every K rollouts).
 * Budget: F = updates + delta * steps, as compute hardly depends on sigma at one e; what larger batches save are sequential
   updates. The best sigma between those tried is a power law of F, fitted to all levels but the highest, which is held out.
-* Intervals: 95 % percentile bootstrap over the seeds of each cell; too narrow from few seeds, and about these games only.
+* Intervals: 95 % percentile bootstrap over the seeds of each cell, of resamples that identify the value; too narrow from few.
 """
 
 import argparse
@@ -48,7 +48,8 @@ def read_study(paths):
 def choose_levels(runs, curves):
     """The levels of one game that are used unless others are given, (4,)."""
     fits = runs["run"].map(lambda run: optimize.isotonic_regression(curves[run]["episodic_return"].dropna()).x)
-    reached = fits[runs["signal"] == "fixed"].str[-1].groupby(runs["variant"]).quantile(0.5, interpolation="lower")
+    last = fits[runs["signal"] == "fixed"].str[-1].astype(float)
+    reached = last.groupby(runs["variant"]).quantile(0.5, interpolation="lower")
     first, top = fits.str[0].median(), reached.quantile(0.25, interpolation="lower")
     return first + np.array([0.4, 0.6, 0.8, 1]) * (top - first)
 
@@ -70,10 +71,10 @@ def law(sigma, D_min, b, a):
     return D_min * (1 + (sigma / b) ** -a)  # steps until a level, arXiv 2502.04327
 
 
-def fit_law(sigma, steps, limit):
-    """D_min, b, a from steps (cells,), infinite where more than limit, the length of the runs; NaN without three sigmas."""
+def fit_law(sigma, steps, limit, least):
+    """D_min, b, a from steps (cells,), infinite where over limit, the length of the runs; NaN if < least sigmas arrive."""
     reached = np.isfinite(steps)
-    if len(np.unique(sigma[reached])) < 3:
+    if len(np.unique(sigma[reached])) < least:
         return np.full(3, np.nan)
     target, most = np.log(np.where(reached, steps, limit)), np.where(reached, np.inf, 0)
     bounds = np.log([[1, sigma.min() / 30, 0.2], [np.inf, sigma.max() * 30, 5]])
@@ -107,7 +108,7 @@ def best_batches(fixed):
     return pd.DataFrame(rows)
 
 
-def analyse(reached, variants, levels, limit, delta):
+def analyse(reached, variants, levels, limit, delta, least=1):
     """Dict of the tables of one game; reached: dict from variant to crossings (seeds, levels, 3)."""
     cells, laws = [], []
     for variant, cell in reached.items():
@@ -121,7 +122,7 @@ def analyse(reached, variants, levels, limit, delta):
     lines = dict(list(fixed.groupby("line")))
     lines |= {"best": fixed.loc[fixed.groupby(["J", "sigma"])["steps"].idxmin()]} if len(lines) > 1 else {}
     for line, own in lines.items():
-        fits = np.stack([fit_law(at["sigma"].to_numpy(), at["steps"].to_numpy(), limit) for _, at in own.groupby("J")])
+        fits = np.stack([fit_law(at["sigma"].to_numpy(), at["steps"].to_numpy(), limit, least) for _, at in own.groupby("J")])
         grid = np.geomspace(own["sigma"].min(), own["sigma"].max(), 401)
         budget = (grid + delta) * law(grid, *fits.T[..., None])
         row = {"line": line, "J": levels} | dict(zip(("D_min", "b", "a"), fits.T, strict=True)) | {"F": budget.min(axis=1)}
@@ -141,7 +142,8 @@ def study_game(runs, curves, variants, levels, delta):
     if np.isinf([np.median(samples[0][v][..., 0], axis=0) for v in runs.loc[runs["signal"] == "fixed", "variant"]]).all():
         raise ValueError(f"no fixed rollout reaches any J in {runs['env_id'].iloc[0]}, that is no median over seeds")
     samples += [{v: cell[rng.integers(len(cell), size=len(cell))] for v, cell in samples[0].items()} for _ in range(RESAMPLES)]
-    estimates, *resamples = (analyse(sample, variants, levels, limit, delta) for sample in samples)
+    estimates = analyse(samples[0], variants, levels, limit, delta, least=3)  # a law of fewer sigmas would be a guess
+    resamples = [analyse(sample, variants, levels, limit, delta) for sample in samples[1:]]
     laws = estimates["laws"]
     laws.loc[~laws["b"].between(laws["first_sigma"] / 29, 29 * laws["last_sigma"]), ["D_min", "b"]] = np.nan  # at a bound
     laws.loc[~laws["best_sigma"].between(laws["first_sigma"], laws["last_sigma"], inclusive="neither"), "best_sigma"] = np.nan
@@ -207,7 +209,7 @@ def draw(games, path):
         fixed = tables["cells"][tables["cells"]["signal"] == "fixed"]
         for level, own in fixed[fixed["line"] == fixed["line"].mode()[0]].groupby("J"):
             sigma = np.geomspace(own["sigma"].min(), own["sigma"].max())
-            steps = law(sigma, *fit_law(own["sigma"].to_numpy(), own["steps"].to_numpy(), own["of_steps"].max()))
+            steps = law(sigma, *fit_law(own["sigma"].to_numpy(), own["steps"].to_numpy(), own["of_steps"].max(), 3))
             row[0].plot(sigma, steps, color=colours.get(level))
             row[1].plot(sigma * steps, steps, color=colours.get(level))
         row[0].set_xticks(ticks := fixed["sigma"].unique(), [f"1/{1 / sigma:.3g}" for sigma in ticks])
