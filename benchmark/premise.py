@@ -3,7 +3,8 @@
 Does low divergence make a large batch harmless? Folders given hold runs at any depth, or are the --out of an earlier call,
 whose tables are read again. Written are premise.md, branches.png and, each with what could be measured, these tables:
 
-* branches.csv: branches of a run (benchmark/branch.sh) by rollout length L. Score: mean of the final games. TD error: mean of
+* branches.csv: branches of a run (benchmark/branch.sh) by rollout length L. Return: mean of the games that ended in the second
+  half of the branch (of the parent: in its last tenth). Score: mean of the final games. TD error: mean of
   (r + gamma max Q(s', .) - Q(s, a))^2 over held-out games, which the parent plays with 1 % random actions, the same for all
   its branches. Slope over log2 L: least squares with a level for each parent, outcomes divided by their parent's mean; its
   95 % interval (t) takes branches as replicates, so it is about these parents. One slope per parent stands beside it.
@@ -30,6 +31,11 @@ from report import find_runs, markdown, normalised, read_json, read_scalars
 from scipy import stats
 
 SIGNS = ["losses/explained_variance", "losses/td_loss", "gns/b_simple"]
+OUTCOMES = {
+    "return": "return in the second half",
+    "score": "score of the final games",
+    "td_error": "TD error in held-out games",
+}
 load_script = cache(runpy.run_path)
 
 
@@ -135,6 +141,12 @@ def churn_floor(parent, rollouts=8, warm_up=512):
         yield {"parent": parent.name, "rollout_length": length, "divergence": changed, "floor": floor}
 
 
+def late_return(run, start):
+    """Mean return of the training games that ended after an agent step."""
+    steps, returns = read_scalars(run)["charts/episodic_return"]
+    return returns[steps > start].mean()
+
+
 def branch_rows(folders):
     """Rows of branches.csv for the branches among run folders."""
     parents = {}
@@ -144,11 +156,13 @@ def branch_rows(folders):
             parents.setdefault(Path(args["init_from"]).parent, []).append((folder, args, read_json(evaluation)))
     for parent, branches in parents.items():
         (parent_error, *errors), transitions = held_out_td_errors(parent, [folder for folder, *_ in branches])
-        minibatches, parent_score = read_json(parent / "args.json")["num_minibatches"], read_json(parent / "eval.json")["mean"]
-        for (_, args, scores), error in zip(branches, errors, strict=True):
+        own, parent_score = read_json(parent / "args.json"), read_json(parent / "eval.json")["mean"]
+        parent_return = late_return(parent, 0.9 * own["total_timesteps"])
+        for (folder, args, scores), error in zip(branches, errors, strict=True):
             row = {"parent": parent.name, "env_id": args["env_id"], "seed": args["seed"], "rollout_length": args["num_steps"]}
-            row |= {"minibatches": args["num_minibatches"], "parent_minibatches": minibatches}
+            row |= {"minibatches": args["num_minibatches"], "parent_minibatches": own["num_minibatches"]}
             row |= {"score": scores["mean"], "standard_error": scores["std"] / scores["episodes"] ** 0.5, "td_error": error}
+            row |= {"return": late_return(folder, args["total_timesteps"] / 2), "parent_return": parent_return}
             yield row | {"parent_score": parent_score, "parent_td_error": parent_error, "transitions": transitions}
 
 
@@ -166,8 +180,8 @@ def families(branches):
 def slope(own, outcome):
     """(slope, low, high) of an outcome over log2 L, in percent of the parents' means per doubling of L."""
     table = pd.DataFrame({"x": np.log2(own["rollout_length"]), "y": own[outcome], "parent": own["parent"]})
-    if outcome == "score":
-        table["y"] = normalised(own["env_id"], own["score"])
+    if outcome != "td_error":
+        table["y"] = normalised(own["env_id"], own[outcome])
     table["y"] = 100 * table["y"] / table.groupby("parent")["y"].transform("mean")
     x, y = (table[c] - table.groupby("parent")[c].transform("mean") for c in "xy")
     b, freedom = (x * y).sum() / (x * x).sum(), len(table) - table["parent"].nunique() - 1
@@ -178,7 +192,7 @@ def slope(own, outcome):
 def slopes(branches):
     """Table of slopes by family and outcome: over all parents, and of each."""
     rows = []
-    for (family, own), outcome in itertools.product(branches.groupby("family"), ("score", "td_error")):
+    for (family, own), outcome in itertools.product(branches.groupby("family"), OUTCOMES):
         groups = [("all", own), *own.groupby("parent")]
         names = "percent_per_doubling", "percent_per_doubling_low", "percent_per_doubling_high"
         for parent, some in groups:
@@ -189,9 +203,8 @@ def slopes(branches):
 
 def draw(branches, table, path):
     """Outcomes over L, a column per family, a line per parent; dashed: the parent itself."""
-    outcomes = {"score": "score of the final games", "td_error": "TD error in held-out games"}
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), sharex=True, sharey="row", layout="constrained")
-    for (outcome, label), row in zip(outcomes.items(), axes, strict=True):
+    figure, axes = plt.subplots(3, 2, figsize=(9, 9), sharex=True, sharey="row", layout="constrained")
+    for (outcome, label), row in zip(OUTCOMES.items(), axes, strict=True):
         for (family, own), axis in zip(branches.groupby("family"), row, strict=False):
             look = {"hue": "parent", "style": "parent", "markers": True, "palette": "colorblind", "errorbar": ("pi", 100)}
             sns.lineplot(own, x="rollout_length", y=outcome, ax=axis, err_style="bars", legend=axis is axes[0, 0], **look)
@@ -243,7 +256,7 @@ def main():
     if len(tables["branches"]):
         branches = families(tables["branches"])
         sections["Slope over log2 L"] = table = slopes(branches)
-        outcomes = branches.groupby(["family", "parent", "rollout_length"])[["score", "td_error"]]
+        outcomes = branches.groupby(["family", "parent", "rollout_length"])[[*OUTCOMES]]
         sections["Branches: mean over seeds"] = outcomes.mean().reset_index()
         draw(branches, table, args.out / "branches.png")
     if len(tables["churn"]):

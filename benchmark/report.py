@@ -5,7 +5,7 @@ are report.md, figures/, scores.csv (runs), games.csv, aggregates.csv (variants)
 A variant is a script with the settings that matter: where and how a run was computed does not, nor do settings of adaptation
 where the rollout is fixed. Definitions:
 
-* Score: mean of the final evaluation (eval.json). HNS: its human-normalised score, 0 for a random player, 1 for a human.
+* Score: mean of the final evaluation; --returns: of the last tenth of training. HNS: 0 for a random player, 1 for a human.
 * Aggregates (Agarwal et al., arXiv 2108.13264): over the games that all variants share but those with less than half of them.
 * Predicted Atari-57 median (Aitchison et al., arXiv 2210.02019), in percent, from the ten games of Atari-10 with weights w:
   10^(sum of w * log10(1 + max(0, x))) - 1, x being the mean HNS of a game in percent.
@@ -64,9 +64,7 @@ def find_runs(path):
     """Run folders at any depth, and empty folders."""
     for folder, below, files in os.walk(path, followlinks=True):
         below[:] = sorted(name for name in below if not name.startswith(".") and name not in ("videos", "wandb"))
-        if not below + files or any(
-            re.match(r"(args|eval)\.json|checkpoint.*\.pt|events\.out|\.lock", name) for name in files
-        ):
+        if not below + files or any(map(re.compile(r"(args|eval)\.json|checkpoint.*\.pt|events\.out|\.lock").match, files)):
             yield Path(folder)
 
 
@@ -196,8 +194,8 @@ def normalised(env_ids, scores):
     return (scores - env_ids.map(ATARI57["random"])) / env_ids.map(ATARI57["human"] - ATARI57["random"])
 
 
-def read_runs(paths):
-    """(table of all runs, their curves, dict from variant to (script, settings))."""
+def read_runs(paths, returns=False):
+    """(table of all runs, their curves, dict from variant to (script, settings)); returns: in place of scores."""
     rows, curves = [], []
     for path in paths:
         for stored in sorted(path.rglob("scores.csv")):  # an earlier report's, or a study's
@@ -213,6 +211,11 @@ def read_runs(paths):
                 rows.append({"run": folder.as_posix(), "state": "unreadable", "note": note})
     runs = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates("run", ignore_index=True).fillna({"note": ""})
     runs = runs.astype(dict.fromkeys(("seed", "step", "total_timesteps", "started", "distinct_games", "time_limits"), "Int64"))
+    curves = pd.concat([c for c in curves if len(c)] or [pd.DataFrame()]).reindex(columns=["run", "step", *CURVES])
+    curves = curves.drop_duplicates(["run", "step"])
+    if returns:
+        late = curves[curves["step"] > 0.9 * curves["run"].map(runs.set_index("run")["total_timesteps"])].groupby("run")
+        runs["score"] = runs["run"].map(late["episodic_return"].mean()).where(runs["state"] == "finished")
     runs["hns"] = normalised(runs["env_id"], runs["score"].astype(float))
     keys = list(zip(runs["script"], runs["settings"], strict=True))
     names = name_variants({key for key in keys if isinstance(key[1], str)})
@@ -226,8 +229,7 @@ def read_runs(paths):
             runs.loc[i, "note"] = f"{same['run'].iloc[0]} counts instead; {runs['state'][i]} {runs['note'][i]}".strip()
             runs.loc[i, "state"] = "duplicate"
     variants = {name: (script, json.loads(text)) for (script, text), name in names.items()}
-    curves = pd.concat([c for c in curves if len(c)] or [pd.DataFrame()]).reindex(columns=["run", "step", *CURVES])
-    return runs, curves.drop_duplicates(["run", "step"]), variants
+    return runs, curves, variants
 
 
 def estimate(names, scores, function):
@@ -395,10 +397,8 @@ def doubts(runs, finished):
     seeds = finished.groupby(["variant", "env_id"], sort=False).size().groupby("variant", sort=False).min()
     if few := [f"{variant} ({n})" for variant, n in seeds.items() if n < 5]:
         yield f"Fewer than 5 seeds in a game, so intervals are too narrow: {'; '.join(few)}."
-    problems = {
-        "Less than half of the evaluated games differ": finished[2 * finished["distinct_games"] < finished["episodes"]]
-    }
-    problems["Evaluated games were cut by the time limit"] = finished[finished["time_limits"] > 0]
+    problems = {"Evaluated games were cut by the time limit": finished[finished["time_limits"] > 0]}
+    problems["Less than half of the evaluated games differ"] = finished[2 * finished["distinct_games"] < finished["episodes"]]
     problems["No human-normalised score, so in no aggregate"] = finished[finished["hns"].isna()]
     problems["Diverged, so scores are those of the others"] = runs[runs["state"] == "diverged"]
     yield from (f"{problem}: {len(own)} runs, such as {own['run'].iloc[0]}." for problem, own in problems.items() if len(own))
@@ -408,8 +408,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="runs, or folders that hold runs")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--returns", action="store_true", help="compare returns late in training, not scores")
     args = parser.parse_args()
-    runs, curves, variants = read_runs(args.runs)
+    runs, curves, variants = read_runs(args.runs, args.returns)
     if not variants:
         parser.error("\n".join(["there is no run in these folders", *(runs["run"] + ": " + runs["note"])]))
     finished, pictures = runs[runs["state"] == "finished"], []

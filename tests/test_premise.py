@@ -26,10 +26,11 @@ def test_slopes():
         level = 1 - 0.2 * np.log2(length / 32) * (minibatches == 32) + 0.02 * rng.normal()
         row["td_error"] = level * (2 if "other" in row["parent"] else 1)
         human, random = ATARI57.loc["Breakout-v5", ["human", "random"]]
-        rows.append(row | {"score": random + (human - random) * row["td_error"], "parent_minibatches": 32})
+        score = random + (human - random) * row["td_error"]
+        rows.append(row | {"score": score, "return": score, "parent_minibatches": 32})
     branches = premise.families(pd.DataFrame(rows))
     table = premise.slopes(branches).set_index(["family", "outcome", "parent"])
-    assert branches["family"].value_counts().tolist() == [16, 16] and len(table) == 2 * 2 * 3
+    assert branches["family"].value_counts().tolist() == [16, 16] and len(table) == 2 * 3 * 3
     for (family, *_), row in table.iterrows():
         true = -20 / 0.9 if family == "constant m" else 0
         assert row.iloc[2] - 1 < true < row.iloc[3] + 1 and row.iloc[3] - row.iloc[2] < 10, (family, row)

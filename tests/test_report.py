@@ -50,10 +50,10 @@ def make_run(folder, seed=1, hns=0.5, game="Pong", script="pqn_abs_atari.py", sh
 def read(tmp_path, monkeypatch):
     """Function that reports on a folder without drawing, which takes most of the time: (report.md, dict of its tables)."""
 
-    def make_report(source="runs", draw=False):
+    def make_report(source="runs", *flags, draw=False):
         for name in () if draw else ("draw_curves", "draw_scores"):
             monkeypatch.setattr(report, name, lambda *_: None)
-        monkeypatch.setattr(sys, "argv", ["report.py", f"{tmp_path}/{source}", "--out", f"{tmp_path}/of_{source}"])
+        monkeypatch.setattr(sys, "argv", ["report.py", f"{tmp_path}/{source}", "--out", f"{tmp_path}/of_{source}", *flags])
         report.main()
         tables = {p.stem: pd.read_csv(p) for p in (tmp_path / f"of_{source}").glob("*.csv") if p.stat().st_size > 1}
         return (tmp_path / f"of_{source}" / "report.md").read_text(), tables
@@ -88,6 +88,9 @@ def test_a_study(read, tmp_path):
     assert again == text
     for name, table in tables.items():
         pd.testing.assert_frame_equal(others[name], table)
+    for path in tmp_path.glob("runs/*/*/eval.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"mean": 7.0}))
+    pd.testing.assert_frame_equal(read("runs", "--returns")[1]["games"], tables["games"], rtol=1e-4)
 
 
 def test_functions():
