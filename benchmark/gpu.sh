@@ -55,5 +55,7 @@ for graphs in ${compile:+0 1}; do
     measure compiled_graphs_${graphs}_xl --scripts pqn_xl_abs_atari.py --lengths 128 --flags=--compile
 done
 timeout "$(left 15)" python pqn_abs_atari.py --run-dir "$out/curve" ${CHECK-} >"$out/curve.log" 2>&1 # stopped, it saves
-for csv in "$out"/*.csv; do say "$(basename "$csv" .csv)" && cut -d, -f 1,3-5,8-11 "$csv" | column -s, -t | tee -a "$out/report.txt"; done
+for csv in "$out"/*.csv; do # name, machine, steps/s, lowest, highest
+    python -c "import csv, sys; [print(*(c[:60].ljust(w) for c, w in zip(r, (60, 7, 17, 7, 7)))) for r in csv.reader(sys.stdin)]" <"$csv"
+done | tee -a "$out/report.txt"
 say "learning curve after $SECONDS s: $(tr '\r' '\n' <"$out/curve.log" | grep return= | tail -1)"

@@ -9,14 +9,13 @@
 Every line is a training run of its own process with the same number of samples and epochs (128 environments, 4 minibatches,
 2 epochs, with PPO 4). It is timed by the wall clock between its TensorBoard points: emulation, inference, learning and
 logging are all in it, the first quarter of the run is not. Speed is the median over windows of 8,192 steps or more, in
-whole rollouts; lowest and highest are their range, mean is their harmonic mean, which counts pauses that the median does
-not see. Emulation, inference and learning are shares of the time, as the script logs them. All alternate, also quiet and
-busy. Where L moves, it grows from 16 to the longest. The CSV is written anew after every run. A run that fails is named and
-not repeated.
+whole rollouts; mean is their harmonic mean, which counts pauses. Emulation, inference and learning are shares of the time, as
+the script logs them. All alternate, also quiet and busy. Where L moves, it grows from 16 to the longest.
 """
 
 import argparse
 import contextlib
+import csv
 import itertools
 import platform
 import re
@@ -30,7 +29,6 @@ from pathlib import Path
 import envpool
 import joblib
 import numpy as np
-import pandas as pd
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,14 +71,10 @@ def measure_envpool(env_id, num_envs, num_threads, seconds, warmup):
 
 
 def run_script(command):
-    """Runs a training script to its end in a folder of its own: {"speeds": of its windows, "peak_memory_gib": or None,
-    "lengths": of its rollouts, and seconds of emulation, inference and learning}. RuntimeError where it fails."""
+    """Runs a training script to its end in a folder of its own: {"speeds": of its windows, "lengths": of its
+    rollouts, and seconds of emulation, inference and learning}. RuntimeError where it fails."""
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
-        process, memory = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log), []
-        while process.poll() is None:
-            time.sleep(0.5)
-            with contextlib.suppress(OSError):  # where there is no /proc, or the process has just ended
-                memory += re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+        process = subprocess.run(command, cwd=folder, stdout=log, stderr=log)
         log.seek(0)
         output = log.read()
         if process.returncode:
@@ -99,7 +93,7 @@ def run_script(command):
             start = point
     if not speeds:
         raise RuntimeError(f"{shlex.join(command)} is over before it has a window of 8,192 steps; use more --steps")
-    result = {"speeds": speeds, "peak_memory_gib": int(memory[-1]) / 2**20 if memory else None}
+    result = {"speeds": speeds}
     result["lengths"] = [p.value for p in scalars.get("abs/rollout_length", []) if points[0][1] < p.step <= start[1]]
     for name in ("emulation", "inference", "learning"):
         values = [p.value for p in scalars.get(f"time/{name}", [])]
@@ -108,22 +102,26 @@ def run_script(command):
 
 
 def table(results):
-    """One row per name and machine; results maps (name, machine) to a list of what run_script returned."""
+    """A dict per name and machine; results maps (name, machine) to a list of what run_script returned."""
     rows = []
     for (name, machine), runs in results.items():
         speeds = np.concatenate([run["speeds"] for run in runs])
         rate = np.median(np.concatenate([run["speeds"] for run in results["EnvPool, random actions", machine]]))
-        row = {"name": name, "machine": machine, "steps_per_second": np.median(speeds).round()}
-        row |= {"lowest": speeds.min().round(), "highest": speeds.max().round(), "mean": (1 / np.mean(1 / speeds)).round()}
-        row |= {"windows": len(speeds), "of_emulator": round(np.median(speeds) / rate, 3)}
+        numbers = np.median(speeds), speeds.min(), speeds.max(), 1 / np.mean(1 / speeds)
+        row = {"name": name, "machine": machine}
+        row |= zip(("steps_per_second", "lowest", "highest", "mean"), [round(float(x)) for x in numbers], strict=True)
+        row |= {"windows": len(speeds), "of_emulator": round(float(np.median(speeds) / rate), 3)}
         seconds = {part: sum(run.get(part, 0) for run in runs) for part in ("emulation", "inference", "learning")}
         row |= {part: round(s / sum(seconds.values()), 3) for part, s in seconds.items() if sum(seconds.values())}
-        memory = [run["peak_memory_gib"] for run in runs if run.get("peak_memory_gib")]
         lengths = sorted({int(n) for run in runs for n in run.get("lengths", [])})
-        row |= {"peak_memory_gib": round(max(memory), 2)} if memory else {}
         row |= {"rollout_lengths": " to ".join(map(str, dict.fromkeys([lengths[0], lengths[-1]])))} if lengths else {}
         rows.append(row)
-    return pd.DataFrame(rows)
+    peers = {row["machine"]: row["steps_per_second"] for row in rows if row["name"].startswith("peer ")}
+    rows = [
+        row | {"times_the_peer": round(row["steps_per_second"] / peers[row["machine"]], 2)} if peers else row for row in rows
+    ]
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [{column: row.get(column, "") for column in columns} for row in rows]
 
 
 def main():
@@ -134,9 +132,7 @@ def main():
     parser.add_argument("--env-id", default="Breakout-v5", help="the game")
     parser.add_argument("--steps", type=int, default=65536, help="agent steps of each run; on a GPU take 300000")
     parser.add_argument("--rounds", type=int, default=2, help="how often all runs are repeated, in turn")
-    parser.add_argument(
-        "--busy", action="store_true", help="everything also beside a process that keeps one core busy (Linux)"
-    )
+    parser.add_argument("--busy", action="store_true", help="everything also beside a process that keeps a core busy (Linux)")
     parser.add_argument("--flags", action="append", help="more flags for our scripts (--flags=...); given again, all are run")
     parser.add_argument("--out", type=Path, default=Path("throughput.csv"), help="the CSV to write")
     args = parser.parse_args()
@@ -183,14 +179,18 @@ def main():
                     continue
                 results.setdefault((name, machine), []).append(run)
                 print(f"round {i + 1}, {machine}: {name}: {np.median(run['speeds']):.0f} steps/s", flush=True)
-                table(results).to_csv(args.out, index=False)
+                rows = table(results)
+                with args.out.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, rows[0])
+                    writer.writeheader()
+                    writer.writerows(rows)
 
     rows = table(results)
-    peer = rows[rows["name"].str.startswith("peer ")].set_index("machine")["steps_per_second"]
-    rows["times_the_peer"] = (rows["steps_per_second"] / rows["machine"].map(peer)).round(2)
-    print(rows.dropna(axis="columns", how="all").fillna("").to_string(index=False))
+    lines = [[*map(str, line)] for line in (rows[0], *(row.values() for row in rows))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print("\n".join("  ".join(map(str.ljust, line, widths)) for line in lines))
     print(
-        f"{joblib.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, EnvPool {envpool.__version__}"
+        joblib.cpu_count(), "cores,", platform.machine(), f"Python {platform.python_version()}, EnvPool {envpool.__version__}"
     )
     if failed:
         sys.exit(f"error: {len(failed)} of {len(commands)} failed, see above: {'; '.join(failed)}")
