@@ -3,7 +3,7 @@
 # measured when it is cut short is in OUT, a table in OUT/report.txt.
 #
 #     benchmark/gpu.sh OUT [PEER]      # PEER: CleanRL's pqn_atari_envpool.py, see cleanrl_pqn.sed
-#     MINUTES=15 STEPS=20480 CHECK="--num-envs 8 --total-timesteps 400" COMPILE= benchmark/gpu.sh /tmp/out      # a rehearsal on a CPU
+#     MINUTES=15 STEPS=20480 CHECK="--num-envs 8 --total-timesteps 400" COMPILE= benchmark/gpu.sh /tmp/out    # tries it on a CPU
 set -uo pipefail
 [ $# -gt 0 ] || { echo "error: say where results go: benchmark/gpu.sh OUT [PEER]" >&2; exit 2; }
 mkdir -p "$1" && out=$(realpath "$1") && cd "$(dirname "$0")/.." || exit
@@ -21,8 +21,8 @@ check() { # name, command: starts, is stopped after its first checkpoint, goes o
     timeout "$(left 0)" ${*:2} --run-dir "$run" $short >"$log" 2>&1 &
     while kill -0 $! 2>/dev/null && [ ! -e "$run/checkpoint.pt" ]; do sleep 0.2; done
     kill -TERM $! 2>/dev/null && wait $!
-    timeout "$(left 0)" ${*:2} --run-dir "$run" $short >>"$log" 2>&1 && grep -q "from step [1-9]" "$log" && grep -q "score" "$log" &&
-        python -c "import sys, torch; sys.exit(len(torch.load(sys.argv[1])['lengths']) < 2)" "$run/checkpoint.pt"
+    timeout "$(left 0)" ${*:2} --run-dir "$run" $short >>"$log" 2>&1 && grep -q "from step [1-9]" "$log" &&
+        grep -q "score" "$log" && python -c "import sys, torch; sys.exit(len(torch.load(sys.argv[1])['lengths']) < 2)" "$run/checkpoint.pt"
     pass "$1 starts, adapts, continues, evaluates" "$log"
 }
 say "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null || echo no GPU), $(nproc) cores, $(date -I)"
@@ -55,7 +55,6 @@ for graphs in ${compile:+0 1}; do
     measure compiled_graphs_${graphs}_xl --scripts pqn_xl_abs_atari.py --lengths 128 --flags=--compile
 done
 timeout "$(left 15)" python pqn_abs_atari.py --run-dir "$out/curve" ${CHECK-} >"$out/curve.log" 2>&1 # stopped, it saves
-for csv in "$out"/*.csv; do # name, machine, steps/s, lowest, highest
-    python -c "import csv, sys; [print(*(c[:60].ljust(w) for c, w in zip(r, (60, 7, 17, 7, 7)))) for r in csv.reader(sys.stdin)]" <"$csv"
-done | tee -a "$out/report.txt"
+aligned="import csv, sys; [print(*map(str.ljust, row, (60, 7, 17, 7, 7))) for row in csv.reader(sys.stdin)]"
+for csv in "$out"/*.csv; do python -c "$aligned" <"$csv"; done | tee -a "$out/report.txt"
 say "learning curve after $SECONDS s: $(tr '\r' '\n' <"$out/curve.log" | grep return= | tail -1)"
