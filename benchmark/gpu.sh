@@ -3,7 +3,7 @@
 # measured when it is cut short is in OUT, a table in OUT/report.txt.
 #
 #     benchmark/gpu.sh OUT [PEER]      # PEER: CleanRL's pqn_atari_envpool.py, see cleanrl_pqn.sed
-#     MINUTES=15 STEPS=20480 CHECK="--num-envs 8 --total-timesteps 400" COMPILE= benchmark/gpu.sh /tmp/out    # tries it on a CPU
+#     MINUTES=15 STEPS=20480 CHECK="--num-envs 8 --total-timesteps 400" COMPILE= benchmark/gpu.sh OUT     # to try it on a CPU
 set -uo pipefail
 [ $# -gt 0 ] || { echo "error: say where results go: benchmark/gpu.sh OUT [PEER]" >&2; exit 2; }
 mkdir -p "$1" && out=$(realpath "$1") && cd "$(dirname "$0")/.." || exit
