@@ -139,7 +139,8 @@ class Args:
         wrong = {
             "--rollout-length-min is above --rollout-length-max": self.rollout_length_min > self.rollout_length_max,
             "--kl-min must be less than --kl-max": self.kl_min >= self.kl_max,
-            "--adapt-signal replay needs --replay <run>/checkpoint.pt": self.adapt_signal == "replay" and not self.replay,
+            "--adapt-signal replay needs --replay <run>/checkpoint.pt, and that nothing else": bool(self.replay)
+            != (self.adapt_rollout and self.adapt_signal == "replay"),
             f"--num-envs must be a multiple of the {WORLD_SIZE} processes": self.num_envs % WORLD_SIZE,
             "--num-minibatches is more than the samples of a rollout": self.num_minibatches * WORLD_SIZE > smallest,
             "--norm-adv needs minibatches of 2 samples or more": self.norm_adv and smallest < 2 * self.num_minibatches,
@@ -224,8 +225,7 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
 
 
 class PixelConv2d(nn.Conv2d):
-    """Convolution of pixels 0..255 (uint8) as if scaled to [0, 1]: it divides the weights instead, which costs nothing. Its
-    output is in channels_last, and so are the features after it."""
+    """Convolution of pixels 0..255 (uint8) as if scaled to [0, 1], by its weights, which costs nothing. In channels_last."""
 
     def forward(self, x):
         dtype = torch.bfloat16 if torch.is_autocast_enabled(x.device.type) else torch.float32
@@ -359,8 +359,7 @@ class Workers:
         return torch.cat(self.map(network, torch.as_tensor(observations, device=self.device)))
 
     def gradient(self, loss_of, parameters, inds):
-        """Sets p.grad to the gradient of loss_of(inds)[0], summed over the parts in their order and over the processes of
-        torchrun. Returns the sum of loss_of(inds)[1], a tensor to log."""
+        """Sets p.grad to the gradient of loss_of(inds)[0] over parts and processes. Returns the sum of loss_of(inds)[1]."""
 
         def part_gradient(part):
             loss, logs = loss_of(part)
@@ -462,20 +461,18 @@ def parse_args():
         if value.lower() in ("true", "false") and isinstance(getattr(Args, option[2:].replace("-", "_"), None), bool):
             fail(f"{option} takes no value: write {option} or --no-{option[2:]}")
     path, checkpoint, default = Path(given.get("--run-dir", ""), "checkpoint.pt"), None, tyro.MISSING_NONPROP
-    if "--init-from" in given:
-        words = ["--env-id", load_checkpoint(given["--init-from"])["args"]["env_id"], *words]
     if given.get("--run-dir") and path.exists():
         checkpoint = load_checkpoint(path)
         if checkpoint["args"].keys() != Args.__dataclass_fields__.keys():
             fail(f"{path} is of another script")
         default = Args(**checkpoint["args"])
+    elif "--init-from" in given:
+        words = ["--env-id", load_checkpoint(given["--init-from"])["args"]["env_id"], *words]
     args = tyro.cli(Args, args=words, default=default, description=__doc__)
-    saved = checkpoint["args"] if checkpoint else {}
-    changed = [
-        f"--{n.replace('_', '-')} (was {was})" for n, was in saved.items() if n not in MAY_CHANGE and vars(args)[n] != was
-    ]
-    if changed:
-        fail(f"{path.parent} holds a run with other settings: leave out {', '.join(changed)}, or give another --run-dir")
+    saved = (checkpoint["args"] if checkpoint else {}).items()
+    if changed := {n: was for n, was in saved if n not in MAY_CHANGE and vars(args)[n] != was}:
+        options = ", ".join(f"--{n.replace('_', '-')} (was {was})" for n, was in changed.items())
+        fail(f"{path.parent} holds a run with other settings: leave out {options}, or give another --run-dir")
     gpus = torch.cuda.device_count() if args.device != "cpu" else 0
     if (given.get("--device") == "cuda" and gpus == 0) or 0 < gpus < LOCAL_WORLD_SIZE:
         fail(f"{LOCAL_WORLD_SIZE} processes on CUDA, but PyTorch finds {gpus} GPUs here; use as many, or --device cpu")
@@ -515,7 +512,6 @@ if __name__ == "__main__":
         sys.stdout = open(os.devnull, "w")
     args, run_dir, checkpoint = parse_args()
     source = checkpoint or (load_checkpoint(args.init_from) if args.init_from else None)
-    replayed = load_checkpoint(args.replay)["lengths"] if args.adapt_rollout and args.adapt_signal == "replay" else None
 
     # Progress, from the start or from where the checkpoint left it
     state = {"global_step": 0, "iteration": 0, "divergences": [], "recent_returns": [], "lengths": []}
@@ -524,7 +520,12 @@ if __name__ == "__main__":
     divergences = deque(state["divergences"], maxlen=args.divergence_window)
     recent_returns = deque(state["recent_returns"], maxlen=100)
     length_min, length_max = (args.rollout_length_min, args.rollout_length_max) if args.adapt_rollout else [args.num_steps] * 2
-    if replayed:
+    replayed = []
+    if args.replay:
+        parent = load_checkpoint(args.replay)
+        replayed, batch_size = parent["lengths"], parent["args"]["num_envs"] * round(parent["rollout_length"])
+        if not replayed or parent["global_step"] + batch_size <= parent["args"]["total_timesteps"]:
+            fail(f"--replay {args.replay} is of an unfinished run, at step {parent['global_step']:,}")
         length_min, length_max = min(length for _, length in replayed), max(length for _, length in replayed)
     rollout_length = state.get("rollout_length", float(length_min))  # a float, or smoothing would freeze short of its target
 
@@ -588,6 +589,8 @@ if __name__ == "__main__":
             run_dir.mkdir(parents=True, exist_ok=True)
             folder_lock = FileLock(run_dir / ".lock")
             folder_lock.acquire(timeout=0)
+            if checkpoint is None and (run_dir / "checkpoint.pt").exists():
+                fail(f"another process has just trained in {run_dir}; the same command again continues it")
         except OSError as e:
             fail(f"cannot use {run_dir}, which may be read-only or in use by another process: {e}")
         if args.track:
@@ -737,8 +740,7 @@ if __name__ == "__main__":
             fail(f"the loss is no longer finite at step {global_step}; a lower --learning-rate may help ({run_dir})", code=1)
         names = "policy_loss value_loss entropy approx_kl clipfrac grad_norm".split()
         scalars = {f"losses/{name}": loss for name, loss in zip(names, losses, strict=True)}
-        unexplained = (returns - rollout_values[:-1])[mask].var() / returns[mask].var()
-        scalars["losses/explained_variance"] = 1 - float(unexplained)
+        scalars["losses/explained_variance"] = float(1 - (returns - rollout_values[:-1])[mask].var() / returns[mask].var())
 
         # Step 3, adaptive scaling: how far did this iteration move the policy, how long should the next rollouts be?
         if measure:
@@ -760,10 +762,9 @@ if __name__ == "__main__":
         obs[0] = obs[length]  # the next rollout begins where this one ended
         iteration_time, iteration_start = time.time() - iteration_start, time.time()
         scalars |= {"abs/rollout_length": length, "abs/batch_size": batch_size}
-        scalars |= {"abs/minibatch_size": batch_size / args.num_minibatches}
-        scalars |= {"charts/learning_rate": learning_rate, "charts/SPS": batch_size / iteration_time}
+        scalars |= {"abs/minibatch_size": batch_size / args.num_minibatches, "charts/learning_rate": learning_rate}
+        scalars |= {"charts/SPS": batch_size / iteration_time, "time/learning": iteration_time - rollout_time}
         scalars |= {"time/emulation": emulation_time, "time/inference": rollout_time - emulation_time}
-        scalars |= {"time/learning": iteration_time - rollout_time}
         stop = int(all_reduce(max((n for n, _ in signals), default=0), dist.ReduceOp.MAX))  # all processes stop together
         if RANK == 0:
             log(scalars, global_step)
@@ -798,8 +799,8 @@ if __name__ == "__main__":
         write_file(path, json.dumps(statistics, indent=2).encode())
         line = "score {mean:.2f} +- {std:.2f} in {episodes} games, {distinct_games} distinct, {time_limits} cut by time limit"
         print(f"{line.format(**statistics)}: {path}", flush=True)
-    names = ("mean", "std", "median", "mean_length") if statistics else ()
-    log({f"eval/{name}": statistics[name] for name in names}, global_step + 1)  # a run that is continued purges them first
+    # one step later, so that a run that is continued purges them
+    log({f"eval/{n}": statistics[n] for n in ("mean", "std", "median", "mean_length") if statistics}, global_step + 1)
     if args.capture_video and not (run_dir / "videos").exists():
         returns = evaluate(network, args, workers, args.video_episodes, run_dir / "videos")["returns"]
         print(f"recorded games with scores {returns}: {run_dir / 'videos'}", flush=True)

@@ -3,7 +3,7 @@
 set -fuo pipefail
 cd "$(dirname "$0")/.." || exit
 usage="usage: benchmark/atari10.sh [options] [-- flags for every command] > jobs.txt
-  --figure N         the runs behind a figure of the paper: 1, 2, 3, 5 (PQN), 6 (L), 7 (XL), 4 (all three), gns, ppo
+  --figure N         instead of scripts and variants, a figure's runs: 1, 2, 3, 5 (PQN), 6 (L), 7 (XL), 4 (all), gns, ppo
   --scripts '...'    of pqn l xl ppo gns; gns has adaptive, max-... and yoked, the others are pqn's     (default: pqn)
   --variants '...'   of adaptive; fixed (at 32), longest, shortest (at the ends of the range); max-32 max-64 max-128;
                      time (growth with time); scale-epochs; literal (no averaging); public public-fixed public-longest
@@ -27,6 +27,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     [[ ${2-} =~ [^[:space:]] ]] || fail "$1 needs a value; see --help"
     printf -v "${1#--}" %s "$2" && shift 2
 done
+printf -v runs %q "$runs"
 flags="" && [ $# -lt 2 ] || flags=$(printf ' %q' "${@:2}")
 [[ ! "${flags//_/-} " =~ \ (--(env-id|seed|total-timesteps|run-dir))[\ =] ]] || fail "${BASH_REMATCH[1]} is set by the list"
 case $figure in

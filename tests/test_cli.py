@@ -46,6 +46,8 @@ BAD_ARGUMENTS = [
     ("--num-envs 1 --noise-scale-groups environments", "2 environments"),
     ("--adapt-signal reward", "adapt-signal"),
     ("--adapt-signal replay", "needs --replay"),
+    ("--replay x", "needs --replay"),
+    ("--no-adapt-rollout --adapt-signal replay --replay x", "needs --replay"),
     ("--num-envs 1.5", "num-envs"),
     ("--learning-rate fast", "learning-rate"),
     ("--num-envs", "num-envs"),

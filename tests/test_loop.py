@@ -301,6 +301,10 @@ def test_replay_walks_through_anothers_lengths(record):
         assert run.lengths[:known] == first.lengths and run.steps[:known] == first.steps and len(run.lengths) > known
         assert set(run.lengths[known:]) == {first.lengths[-1]} and run.checkpoint["lengths"] == first.checkpoint["lengths"]
         assert not torch.equal(run.actions[:20], first.actions[:20])
+    path = first.run_dir / "checkpoint.pt"
+    torch.save(first.checkpoint | {"args": first.checkpoint["args"] | {"total_timesteps": 10**6}}, path)
+    with pytest.raises(AssertionError, match="is of an unfinished run, at step 2"):
+        record(PQN, *SHORT.split(), "--adapt-signal", "replay", "--replay", path)
 
 
 @pytest.mark.parametrize("script", [PPO, GNS])
