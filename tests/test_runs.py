@@ -429,7 +429,7 @@ def die_in(function, script, path):
     MODULES[script].write_file(path, b"new" * 10**6)
 
 
-@pytest.mark.parametrize("script, function", itertools.product(DISTINCT, ["fsync", "replace"]))
+@pytest.mark.parametrize("script, function", [*itertools.product(DISTINCT, ["fsync", "replace"])])
 def test_killed_inside_a_checkpoint(script, function, tmp_path):
     """The old one is whole, and the next one takes the place of what was left beside it."""
     path = tmp_path / "checkpoint.pt"
@@ -453,6 +453,7 @@ def test_killed_at_any_moment(repeat, tmp_path):
     assert process.poll() is None
     process.kill()
     process.communicate()
+    time.sleep(1)  # as TensorBoard sorts its files by the second in which they begin
     checkpoint = load(run_dir / "checkpoint.pt")
     step = checkpoint["global_step"]
     torch.save(checkpoint | {"args": checkpoint["args"] | {"total_timesteps": step + 60}}, run_dir / "checkpoint.pt")
