@@ -39,7 +39,7 @@ for script in (pqn_abs_atari, pqn_xl_abs_atari):
         for n in (37, 64):
             x = torch.randint(256, (n, 4, 84, 84), dtype=torch.uint8, device=device)
             error = (compiled(x) - network(x)).norm() / network(x).norm()
-            print(script.__name__, precision, n, float(error))
+            print(script.__name__, precision, n, error.item())
             assert error < tolerance
 PYTHON
 [ -z "$compile" ] || pass "compiled equals eager" "$out/compile.log"
