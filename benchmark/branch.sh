@@ -25,7 +25,7 @@ done
 [ $# -gt 0 ] || fail "name the runs whose checkpoints are the parents; see --help"
 [[ "$lengths $base $seeds $steps " =~ ^([1-9][0-9]*\ +)+$ ]] || fail "lengths, base, seeds and steps are whole numbers"
 for length in $lengths; do
-    ((steps % (128 * length) == 0)) || fail "--steps $steps is no multiple of 128 x $length; try $((steps / 128 / length * 128 * length + 128 * length))"
+    ((steps % (128 * length) == 0)) || fail "--steps $steps is no multiple of 128 x $length"
 done
 for seed in $seeds; do
     for parent in "$@"; do

@@ -6,8 +6,8 @@
 #     MINUTES=15 STEPS=20480 CHECK="--num-envs 8 --total-timesteps 400" COMPILE= benchmark/gpu.sh OUT     # to try it on a CPU
 set -uo pipefail
 [ $# -gt 0 ] || { echo "error: say where results go: benchmark/gpu.sh OUT [PEER]" >&2; exit 2; }
-mkdir -p "$1" && out=$(realpath "$1") && cd "$(dirname "$0")/.." || exit
-minutes=${MINUTES-7} steps=${STEPS-300000} compile=${COMPILE-yes} peer=${2:+--peer $(realpath "$2")}
+peer=${2:+--peer $(realpath "$2")} && mkdir -p "$1" && out=$(realpath "$1") && cd "$(dirname "$0")/.." || exit
+minutes=${MINUTES-7} steps=${STEPS-300000} compile=${COMPILE-yes}
 short="--total-timesteps 100000 --rollout-length-min 4 --rollout-length-max 8 --adapt-signal time --adapt-interval 1"
 short+=" --rollout-smoothing 1 --checkpoint-interval 1 --eval-episodes 8 --max-episode-steps 300 ${CHECK-}"
 say() { echo "$*" | tee -a "$out/report.txt"; }

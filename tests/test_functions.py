@@ -138,24 +138,6 @@ def test_noise_and_signal_are_unbiased(script, num_groups, group_size):
     assert abs(float(gradients.mean(1).square().sum(1).mean()) - true_signal) > 2 * error[1]
 
 
-@all_scripts
-def test_published_settings(script):
-    """The defaults are the paper's: 128 environments, [16, 64] or [16, 128] steps, 4 minibatches; for PPO CleanRL's."""
-    args, ppo = script.Args(), hasattr(script, "Agent")
-    expected = {"total_timesteps": 20_000_000, "num_envs": 128, "num_steps": 32, "num_minibatches": 4, "gamma": 0.99}
-    expected |= {"rollout_length_min": 16, "rollout_length_max": 128 if "l_abs" in script.__name__ else 64, "schedule": "log"}
-    expected |= {"adapt_interval": 50, "rollout_smoothing": 0.1, "divergence_window": 20, "divergence_warmup": 10}
-    expected |= {"reference_batch_size": 2048, "learning_rate": 2.5e-4, "anneal_lr": ppo, "scale_epochs": False}
-    expected |= {"sticky_action_probability": 0, "episodic_life": False, "max_episode_steps": 27000}
-    if ppo:
-        expected |= {"update_epochs": 4, "gae_lambda": 0.95, "clip_coef": 0.1, "max_grad_norm": 0.5, "ent_coef": 0.01}
-        expected |= {"vf_coef": 0.5, "norm_adv": True, "clip_vloss": True, "eval_greedy": False}
-    else:
-        expected |= {"update_epochs": 2, "q_lambda": 0.65, "max_grad_norm": 10, "divergence_min": 0.05, "divergence_max": 0.95}
-        expected |= {"start_e": 1, "end_e": 0.001, "exploration_fraction": 0.1, "eval_epsilon": 0}
-    assert {name: vars(args)[name] for name in expected} == expected
-
-
 @gns_scripts
 @pytest.mark.parametrize("noise, signal, length", [(3201.9, 1, 3201 / 128), (2047.9, 1, 16), (8192.9, 1, 64), (1, -1, 64)])
 def test_length_is_the_noise_scale_over_the_environments(script, noise, signal, length):

@@ -64,8 +64,8 @@ def test_all_variants_scripts_and_games():
     public = "public public-fixed public-longest"
     every = f"yoked adaptive fixed longest shortest max-32 max-64 max-128 time scale-epochs literal {public}"
     options = ["--games", "atari57 Pong-v5", "--scripts", "pqn l xl ppo gns pqn", "--seeds", "7 11 7", "--variants", every]
-    extra = "--budget 1500000 --runs /data/a -- --num-minibatches 32 --num-steps 48 --exp-name".split()
-    runs = [parse(line) for line in job_list(*options, *extra, "my run's")]
+    extra = "--budget 1500000 -- --num-minibatches 32 --num-steps 48 --exp-name".split()
+    runs = [parse(line) for line in job_list("--runs", "/data/my a", *options, *extra, "my run's")]
     assert len(runs) == 57 * 2 * (4 * 13 + 4)  # max-64 (L and XL: max-128) is adaptive; of a fixed batch GNS is PQN
     names = "total-timesteps", "adapt-interval", "num-minibatches", "exp-name"
     assert {tuple(flags[name] for name in names) for _, flags in runs} == {("1500000", "4", "32", "my run's")}

@@ -230,9 +230,8 @@ def test_actions_are_greedy_but_for_epsilon(record):
 
 def test_ppo_acts_as_its_policy(record, sharp_policy):
     """Actions are samples of the policy at the state before them: as likely as it expects."""
-    run = record(
-        PPO, *"--no-adapt-rollout --num-steps 50 --total-timesteps 800 --learning-rate 1e-14".split(), paint=patches()
-    )
+    options = "--no-adapt-rollout --num-steps 50 --total-timesteps 800 --learning-rate 1e-14".split()
+    run = record(PPO, *options, paint=patches())
     policy = Categorical(logits=run.outputs(slice(-1))[:, :, :-1])
     assert policy.entropy().mean() < 0.95 * math.log(4)
     surprise, spread = policy.log_prob(run.actions) + policy.entropy(), (policy.probs * policy.logits**2).sum(2)
@@ -329,9 +328,8 @@ def test_noise_scale_is_that_of_its_groups(record):
         return pictures.copy()
 
     for groups, m in (("minibatches", 4), ("environments", 8)):
-        run = record(
-            GNS, *options, "--noise-scale-groups", groups, paint=almost_still, points=lambda rewards: points, watch=True
-        )
+        flags = *options, "--noise-scale-groups", groups
+        run = record(GNS, *flags, paint=almost_still, points=lambda rewards: points, watch=True)
         network, environment = run.network(), torch.arange(64) % 8
         for i, part in enumerate(run.rollouts()):
             batch, real = [x[part].flatten(0, 1) for x in (run.obs, run.actions, run.rewards)], ~run.is_reset[part].flatten()

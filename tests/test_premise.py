@@ -36,7 +36,7 @@ def test_slopes():
         assert row.iloc[2] - 1 < true < row.iloc[3] + 1 and row.iloc[3] - row.iloc[2] < 10, (family, row)
 
 
-def test_small_runs(tmp_path, monkeypatch, capsys):
+def test_small_runs(tmp_path, monkeypatch):
     """Constant Q-values of 10 have a TD error of (0.99 * 10 - 10)^2 before the first point; churn and signs are measured."""
     size = [*SIZE, "--adapt-signal", "divergence", "--divergence-warmup", 2]
     assert go(tmp_path, PQN, *size, "--run-dir", "parent").code == 0
@@ -53,8 +53,7 @@ def test_small_runs(tmp_path, monkeypatch, capsys):
     tables = {name: pd.read_csv(tmp_path / "out" / f"{name}.csv") for name in ("branches", "churn", "signs")}
     errors = tables["branches"].set_index("rollout_length")["td_error"]
     assert errors[4] == pytest.approx(0.01, rel=1e-3) and errors[8] != errors[4]
-    assert tables["churn"][["divergence", "floor"]].stack().between(0, 1).all() and tables["churn"]["divergence"].mean() > 0
+    assert tables["churn"][["divergence", "floor"]].mean().between(0, 1, inclusive="neither").all()
     assert set(tables["signs"]["sign"]) == {"losses/explained_variance", "losses/td_loss"}
     assert all((tmp_path / out / "branches.png").exists() for out in ("out", "again"))
     assert (tmp_path / "out/premise.md").read_text() == (tmp_path / "again/premise.md").read_text()
-    assert "Slope over log2 L" in capsys.readouterr().out

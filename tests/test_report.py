@@ -27,9 +27,8 @@ GAME = {"max_episode_steps": 27000, "precision": "float32", "global_step": 98_30
 def make_run(folder, seed=1, hns=0.5, game="Pong", script="pqn_abs_atari.py", share=1, old=0, evaluated=(), loss=1, **flags):
     """A run as the scripts leave it, trained up to this share, with this human-normalised score at its end."""
     folder.mkdir(parents=True)
-    args = (
-        ARGS | {"env_id": f"{game}-v5", "seed": seed} | flags | {"computed_with": {"script": script, "precision": "float32"}}
-    )
+    computed_with = {"script": script, "precision": "float32"}
+    args = ARGS | {"env_id": f"{game}-v5", "seed": seed} | flags | {"computed_with": computed_with}
     if old:  # the folder alone says which script it was
         args = {k: v for k, v in args.items() if v != "" and k != "computed_with"} | OLD
     (folder / "args.json").write_text(json.dumps(args))
