@@ -2,7 +2,6 @@
 
 In seconds: a made-up game of three lamps, one of which is lit. One step later the reward is 1 where the action was that of the
 lit lamp, else -1, and a second picture shows which is about to come. Of ten steps 9 is the best score; random play has -3.
-
 In a minute, on UpNDown: Q-values of a random player's actions in unseen games are correlated with the rewards that followed,
 at 0.49 to 0.56 after 50,000 steps with four seeds, 0.02 before training. Scores of short trainings differ too much.
 """
